@@ -1,11 +1,12 @@
-"""What the scripts share and what does not teach an algorithm: flags, data, models, rollout, rewards, evaluation, logging, checkpoints.
+"""What the scripts share and what teaches nothing about an algorithm. Sections that can be skipped:
+
+1 flags and errors · 2 processes · 3 data · 4 models and DeepSpeed · 5 rollout · 6 rewards · 7 evaluation · 8 the run
 
 Nothing in this file knows an algorithm, and no function reads a global: copy the functions that you need.
 
-Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary, D width, R rows of a
-rollout (several per prompt). Logits at position t predict token t + 1. A response mask is 1 up to and including the first EOS.
-
-Sections: 1 flags and errors · 2 processes · 3 data · 4 models and DeepSpeed · 5 rollout · 6 rewards · 7 evaluation · 8 the run's folder
+Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
+D width, R rows of a rollout (several per prompt). Logits at position t predict token t + 1. A response mask is 1 up to
+and including the first EOS.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -60,87 +62,84 @@ EXAMPLE = HERE / "examples" / "reviews"
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """End with one line on standard error. Status 2 is for bad input, which every rank sees alike: only rank 0 prints."""
+    """End with one line on standard error. Status 2 is for bad input, which all ranks see alike: rank 0 tells it."""
     if status != 2 or os.environ.get("RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
-def _flag(kind: type, accepts: Callable[[Any], bool], wanted: str) -> tyro.constructors.PrimitiveConstructorSpec:
-    """A tyro flag type that says what it wants when it gets something else."""
+def _flag(parse: Callable[[str], Any], wanted: str, show: Callable[[Any], str] = str):
+    """A tyro flag type that says what it wants when it gets something else; `parse` raises ValueError for that."""
 
-    def parse(texts: list[str]):
+    def from_words(words: list[str]):
         try:
-            value = kind(texts[0])
+            return parse(words[0])
         except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise ValueError(f"{texts[0]!r} is not {wanted}")
-        return value
+            raise ValueError(f"{words[0]!r} is not {wanted}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
+        metavar=wanted.split()[-1].upper() if show is not str else "NUMBER",
+        instance_from_str=from_words,
+        is_instance=lambda value: not isinstance(value, bool) and isinstance(value, (int, float, str)),
+        str_from_instance=lambda value: [show(value)],
     )
 
 
+def _number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], Any]:
+    def parse(word: str):
+        value = kind(word)
+        if not (low <= value <= high) or (above and value == low):
+            raise ValueError
+        return value
+
+    return parse
+
+
 def _absolute(path: str) -> str:
-    """Absolute where it exists (so that --resume works from any folder), else as it is: a hub name."""
-    file, suffix, name = path.partition(".py:")
-    return os.path.abspath(file + suffix[:3]) + suffix[3:] + name if os.path.exists(file + suffix[:3]) else path
+    """A path that exists becomes absolute, so that --resume works from any folder; else it is a hub name and stays."""
+    file, py, name = path.partition(".py:")
+    return os.path.abspath(file + py[:3]) + py[3:] + name if os.path.exists(file + py[:3]) else path
 
 
-def _shorten(path: str) -> list[str]:
-    return [str(Path(path).relative_to(HERE)) if Path(path).is_relative_to(HERE) else path]
+def _short(path: str) -> str:
+    return str(Path(path).relative_to(HERE)) if Path(path).is_relative_to(HERE) else path
 
 
-PositiveInt = Annotated[int, _flag(int, lambda n: n > 0, "a whole number above 0")]
-NonNegativeInt = Annotated[int, _flag(int, lambda n: n >= 0, "a whole number, 0 or above")]
-PositiveFloat = Annotated[float, _flag(float, lambda x: 0 < x < math.inf, "a number above 0")]
-NonNegativeFloat = Annotated[float, _flag(float, lambda x: 0 <= x < math.inf, "a number, 0 or above")]
-Fraction = Annotated[float, _flag(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")]
-PathOrName = Annotated[
-    str,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda texts: _absolute(texts[0]),
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=_shorten,
-    ),
-]
+BIG = sys.float_info.max
+PositiveInt = Annotated[int, _flag(_number(int, 1, BIG), "a whole number above 0")]
+NonNegativeInt = Annotated[int, _flag(_number(int, 0, BIG), "a whole number, 0 or above")]
+PositiveFloat = Annotated[float, _flag(_number(float, 0, BIG, above=True), "a number above 0")]
+NonNegativeFloat = Annotated[float, _flag(_number(float, 0, BIG), "a number, 0 or above")]
+Fraction = Annotated[float, _flag(_number(float, 0, 1), "a number from 0 to 1")]
+PathOrName = Annotated[str, _flag(_absolute, "a path", show=_short)]
 
 
 def parse_args(Args: type):
-    """The command line as an `Args`. `--resume D` takes D/args.json for defaults and refuses every flag that differs from it."""
+    """The command line as an `Args`. `--resume D` takes D/args.json for defaults and refuses a flag that differs."""
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # added by `deepspeed`
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks; errors go to standard error
-    script = Path(sys.argv[0]).stem
-    args = tyro.cli(Args, prog=f"{script}.py")
+    name = Path(sys.argv[0]).name
+    args = tyro.cli(Args, prog=name)
     if not args.resume:
         return args
-    folder = os.path.abspath(args.resume)
     try:
-        saved = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
+        saved = json.loads(Path(args.resume, "args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fail(f"--resume {args.resume}: no readable args.json there ({error})")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if saved.pop("ranks", ranks) != ranks:
         fail(f"--resume {args.resume}: that run had another number of ranks than {ranks}")
     try:
-        resumed = Args(**saved | {"resume": folder, "output_dir": folder})
+        resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
     except TypeError as error:
         fail(f"--resume {args.resume}: its args.json is of another script or version ({error})")
-    args = tyro.cli(Args, prog=f"{script}.py", default=resumed)
-    for field in dataclasses.fields(Args):
-        new, old = getattr(args, field.name), getattr(resumed, field.name)
-        if new != old and field.name != "resume":
-            fail(f"--{field.name.replace('_', '-')} {new} differs from the run in {folder}, which had {old}")
-    return dataclasses.replace(args, resume=folder)
+    args = tyro.cli(Args, prog=name, default=resumed)
+    for flag, old in dataclasses.asdict(resumed).items():
+        if (new := getattr(args, flag)) != old:
+            fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}")
+    return args
 
 
 # ---------------------------------------------------------------- 2. Processes
@@ -161,29 +160,29 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 
 def set_seed(*numbers: int) -> None:
-    """Seed torch, numpy and random from several numbers, so that random states need no saving: each update seeds its own."""
-    bits = torch.Generator().manual_seed(sum(n * 1_000_003**i for i, n in enumerate(numbers)) % 2**63)
-    transformers.set_seed(int(torch.randint(2**32, (), generator=bits)))
-
-
-def gather_rows(rows: list, world_size: int) -> list:
-    """All ranks' lists, interleaved: what was dealt out as `items[rank::world_size]` comes back as `items`, on every rank."""
-    parts = [None] * world_size
-    dist.all_gather_object(parts, rows)
-    return [row for group in itertools.zip_longest(*parts) for row in group if row is not None]
+    """Seed torch, numpy and random from several numbers. Each update seeds its own, so no random state is saved."""
+    mixed = torch.Generator().manual_seed(sum(n * 1_000_003**i for i, n in enumerate(numbers)) % 2**63)
+    transformers.set_seed(int(torch.randint(2**32, (), generator=mixed)))
 
 
 def plan_updates(total_episodes: int, batch_size: int, world_size: int) -> tuple[int, int]:
     """-> (rows per rank and update, number of updates)."""
     if batch_size % world_size:
-        fail(f"--batch-size {batch_size} cannot be dealt out evenly to {world_size} ranks: take a multiple of {world_size}")
+        fail(f"--batch-size {batch_size} is not a multiple of the number of ranks, {world_size}")
     if total_episodes < batch_size:
         fail(f"--total-episodes {total_episodes} is less than one update of --batch-size {batch_size}")
     return batch_size // world_size, total_episodes // batch_size
 
 
-def global_means(device: torch.device, **values: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """Means over the real entries of all ranks, with one collective. A value is a tensor, or a pair (tensor, mask of its shape)."""
+def gather_rows(rows: list) -> list:
+    """All ranks' lists on every rank; what was dealt out as `items[rank::world_size]` comes back as `items`."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for turn in zip(*parts, strict=True) for row in turn]
+
+
+def global_means(device: torch.device, **values) -> dict[str, float]:
+    """Means over all ranks, in one collective. A value is a tensor, or (tensor, mask) where not all entries are real."""
     pairs = [v if isinstance(v, tuple) else (v, torch.ones_like(v)) for v in values.values()]
     sums = torch.stack([torch.stack([(x * mask).sum(), mask.sum()]).double() for x, mask in pairs]).to(device)
     dist.all_reduce(sums)
@@ -196,88 +195,82 @@ def global_means(device: torch.device, **values: torch.Tensor | tuple[torch.Tens
 def load_rows(path: str, split: str = "train") -> list[tuple[str, dict]]:
     """Rows of a local .jsonl, .json, .csv or .parquet file or of a hub data set -> [(where it stands, row)].
 
-    Local text files are read with the standard library, which knows the line of an error (`datasets` does not).
+    Local text files are read with the standard library: it knows the line of an error, `datasets` does not.
     """
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".json", ".csv"):
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
         except OSError as error:
-            fail(f"{path}: {error.strerror or error}")
+            fail(f"{path}: {error.strerror}")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
-            fail(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8")
-        read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[suffix]
-        rows = list(read(path, text))
+            fail(f"{path}:{line}: not UTF-8 ({error.reason}): convert the file to UTF-8")
+        rows = list(_read_csv(path, text) if suffix == ".csv" else _read_json(path, text, lines=suffix == ".jsonl"))
     else:
         import datasets  # slow to import, and only wanted here
 
         datasets.disable_progress_bars()
         try:
-            if suffix == ".parquet":
-                table = datasets.Dataset.from_parquet(path)
-            else:
-                table = datasets.load_dataset(path, split=split)
+            parquet = suffix == ".parquet"
+            table = datasets.Dataset.from_parquet(path) if parquet else datasets.load_dataset(path, split=split)
         except Exception as error:  # whatever the hub, the network or the file may raise
-            fail(f"--dataset {path}: {str(error).splitlines()[0]}")
-        rows = [(f"{path}: row {i + 1}", row) for i, row in enumerate(table)]
+            fail(f"{path}: {_first_line(error)}")
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
 
 
-def _read_jsonl(path: str, text: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            fail(f"{path}:{number}: not JSON ({error}): one object per line is wanted")
-        if not isinstance(row, dict):
-            fail(f"{path}:{number}: a JSON object is wanted, here is a {type(row).__name__}")
-        yield f"{path}:{number}", row
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _read_json(path: str, text: str) -> Iterator[tuple[str, dict]]:
+def _read_json(path: str, text: str, lines: bool) -> Iterator[tuple[str, dict]]:
+    wanted = "one JSON object per line" if lines else "one list of JSON objects"
     try:
-        rows = json.loads(text)
-    except ValueError as error:
-        fail(f"{path}: not JSON ({error}); for one object per line name the file .jsonl")
-    if not isinstance(rows, list):
-        fail(f"{path}: a list of objects is wanted")
-    for number, row in enumerate(rows, start=1):
+        number, rows = 0, []
+        for number, line in enumerate(text.split("\n") if lines else [], start=1):
+            if line.strip():
+                rows.append((f"{path}:{number}", json.loads(line)))
+        if not lines:
+            entries = json.loads(text)
+            rows = [(f"{path}: entry {i}", row) for i, row in enumerate(entries, start=1)]
+    except (ValueError, TypeError) as error:
+        fail(f"{path}{f':{number}' if number else ''}: {error}; wanted is {wanted}")
+    for where, row in rows:
         if not isinstance(row, dict):
-            fail(f"{path}: entry {number}: an object is wanted, here is a {type(row).__name__}")
-        yield f"{path}: entry {number}", row
+            fail(f"{where}: a {type(row).__name__}; wanted is {wanted}")
+        yield where, row
 
 
 def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         if None in row or None in row.values():
-            fail(f"{path}:{reader.line_num}: {len(reader.fieldnames)} columns are wanted")
+            fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
         yield f"{path}:{reader.line_num}", row
 
 
 def read_text(row: dict, column: str, where: str, tokenizer) -> str:
-    """The text in a column; chat messages become text by the tokenizer's chat template, ready for the assistant's turn."""
+    """The text in a column; chat messages become text by the tokenizer's template, up to the assistant's turn."""
     if column not in row:
         fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
     value = row[column]
     if isinstance(value, str):
         return value
-    if not (isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)):
+    is_chat = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    if not is_chat or not value:
         kind = "null" if value is None else f"a {type(value).__name__}"
-        fail(f"{where}: column {column!r} is {kind}; a text or a list of {{role, content}} messages is wanted")
+        fail(f"{where}: {column!r} is {kind}; wanted is a text or a list of {{role, content}} messages")
     if not tokenizer.chat_template:
-        fail(f"{where}: column {column!r} holds chat messages, but the model's tokenizer has no chat template")
+        fail(f"{where}: {column!r} holds chat messages, but the model's tokenizer has no chat template")
     return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
 
 
 @dataclasses.dataclass
 class Batch:
-    """Prompts of one rank: their texts as the data set has them, the data set's other columns, and left-padded tokens."""
+    """Prompts of one rank: the data set's texts and other columns, and left-padded tokens."""
 
     texts: list[str]
     columns: dict[str, list]
@@ -287,7 +280,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Prompts:
-    """Prompts of a data set, in memory."""
+    """A data set of prompts, in memory."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -296,38 +289,43 @@ class Prompts:
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         ids = [self.ids[i] for i in indices]
         width = max(map(len, ids))
-        # Padding is told from text by the mask alone, so any id would do, and an EOS id inside a prompt is just a token.
-        prompts_BP = torch.tensor([[0] * (width - len(row)) + row for row in ids])
-        prompt_mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        # The mask alone tells padding from text: any id will do for it, and an EOS id inside a prompt is just a token.
+        prompts_BP = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
+        prompt_mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
         columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
-        return Batch([self.texts[i] for i in indices], columns, prompts_BP.to(device), prompt_mask_BP.to(device))
+        return Batch([self.texts[i] for i in indices], columns, prompts_BP, prompt_mask_BP)
 
 
 def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> Prompts:
-    """Prompts truncated from the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
-    prompts, dropped, truncated, names = Prompts([], [], {}), 0, 0, {}
+    """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
+    texts, all_ids, kept, dropped, cut = [], [], [], 0, 0
     for where, row in load_rows(path, split):
         text = read_text(row, column, where, tokenizer)
-        # A chat template writes its own BOS.
-        ids = tokenizer(text, add_special_tokens=isinstance(row[column], str))["input_ids"]
+        is_chat = text is not row[column]  # a chat template writes its own BOS
+        ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
         if not text.strip() or not ids:
             dropped += 1
             continue
-        if len(ids) > max_length:
-            truncated += 1
-            bos = [ids[0]] if ids[0] == tokenizer.bos_token_id and max_length > 1 else []
-            ids = bos + ids[len(ids) - max_length + len(bos) :]
-        prompts.texts.append(text)
-        prompts.ids.append(ids)
-        names |= dict.fromkeys(row)
-        for name in names:  # a column that only some rows have is None in the others
-            prompts.columns.setdefault(name, [None] * (len(prompts.ids) - 1)).append(row.get(name))
-    prompts.columns.pop(column, None)
-    if not prompts.ids:
+        cut += len(ids) > max_length
+        texts.append(text)
+        all_ids.append(cut_left(ids, max_length, tokenizer.bos_token_id))
+        kept.append(row)
+    if not texts:
         fail(f"{path}: every prompt is empty")
-    notes = [f"{n:,} {what}" for n, what in ((dropped, "empty dropped"), (truncated, f"cut to {max_length} tokens")) if n]
-    print(f"{len(prompts.ids):,} prompts from {_shorten(path)[0]}" + (f" ({', '.join(notes)})" if notes else ""))
-    return prompts
+    notes = [
+        f"{n:,} {what}" for n, what in ((dropped, "empty ones dropped"), (cut, f"cut to {max_length} tokens")) if n
+    ]
+    print(f"{len(texts):,} prompts from {_short(path)}" + (f" ({', '.join(notes)})" if notes else ""))
+    names = dict.fromkeys(name for row in kept for name in row if name != column)
+    return Prompts(texts, all_ids, {name: [row.get(name) for row in kept] for name in names})
+
+
+def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
+    """The last `max_length` ids, of which the first stays the BOS if it was one."""
+    if len(ids) <= max_length:
+        return ids
+    bos = ids[:1] if ids[0] == bos_id and max_length > 1 else []
+    return bos + ids[len(ids) - max_length + len(bos) :]
 
 
 @functools.lru_cache(maxsize=2)
@@ -336,49 +334,63 @@ def _permutation(size: int, seed: int) -> list[int]:
 
 
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Entries start … start + count of an endless stream of shuffled epochs: the position in the data is a number, not a state."""
+    """Entries start … start + count of an endless stream of shuffled epochs: a position in the data is a number."""
     return [_permutation(size, seed * 1_000_003 + i // size)[i % size] for i in range(start, start + count)]
 
 
 # ---------------------------------------------------------------- 4. Models and DeepSpeed
 
 
+@dataclasses.dataclass
+class Placement:
+    """Where models are kept and how they compute."""
+
+    device: torch.device
+    dtype: str
+    attention: str
+    zero_stage: int
+    offload: bool
+    micro_batch_size: int
+
+
 def load_tokenizer(path: str):
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a missing folder, a broken file, no network: each library level raises its own
-        fail(f"{path}: no tokenizer could be loaded: {str(error).splitlines()[0]}")
+    except Exception as error:  # a missing folder, a broken file, no network: each raises its own
+        fail(f"{path}: no tokenizer could be loaded: {_first_line(error)}")
 
 
-def load_model(path: str, auto_class, dtype: str, attention: str, **kwargs):
-    """A model of a local folder or a hub name, in safetensors, without dropout, in training mode (for gradient checkpointing)."""
+def load_model(path: str, auto_class, placement: Placement, **kwargs):
+    """A model of a local folder or a hub name, from safetensors only, without dropout."""
+    kwargs |= dict(dtype=getattr(torch, placement.dtype), attn_implementation=placement.attention)
     try:
-        model, info = auto_class.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=attention, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        model, info = auto_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **kwargs)
     except Exception as error:
-        fail(f"{path}: no model could be loaded: {str(error).splitlines()[0]}")
-    if info["missing_keys"]:
-        fail(f"{path}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: not a model for {auto_class.__name__}")
+        fail(f"{path}: no model could be loaded: {_first_line(error)}")
+    if missing := sorted(info["missing_keys"]):
+        fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # in the modules: config fields differ from one architecture to the next
-    return model.train()
+            module.p = 0.0  # in the modules, since config fields differ from one architecture to the next
+    return model
+
+
+def load_policy(path: str, placement: Placement) -> "ResponseLogprobs":
+    return ResponseLogprobs(load_model(path, transformers.AutoModelForCausalLM, placement))
 
 
 def eos_ids(model, tokenizer) -> list[int]:
     """Every id that ends a response: chat models often have several."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    if not (ids := sorted(ids - {None})):
-        fail("neither the model's generation_config nor its tokenizer names an EOS token: responses could never end")
-    return ids
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    return sorted(ids) or fail("neither the model's generation_config nor its tokenizer names an EOS token")
 
 
 def check_length(model, max_prompt_length: int, response_length: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and max_prompt_length + response_length > limit:
-        fail(f"--max-prompt-length {max_prompt_length} + --response-length {response_length} exceeds the model's {limit} positions")
+        flags = f"--max-prompt-length {max_prompt_length} + --response-length {response_length}"
+        fail(f"{flags} is more than the model's {limit} positions")
 
 
 def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
@@ -387,7 +399,7 @@ def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
 
 
 class ResponseLogprobs(nn.Module):
-    """A causal language model as the function that is trained: prompts and responses -> log-probabilities of the response tokens.
+    """A causal language model as the function that is trained: log-probabilities of response tokens.
 
     Policy and reference are both called through it. `whole` is the same model for decoding and saving: it shares every
     Parameter object, but never gets ZeRO-3's hooks or gradient checkpointing.
@@ -396,18 +408,18 @@ class ResponseLogprobs(nn.Module):
     def __init__(self, model):
         super().__init__()
         shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-        self.__dict__["whole"] = copy.deepcopy(model, shared).eval()  # __dict__: not a submodule
-        self.model = model
-        probe = torch.arange(4)[None]
+        self.__dict__["whole"] = copy.deepcopy(model, shared).eval()  # past nn.Module: it is no submodule
+        self.model = model.train()
+        ids, ones = torch.arange(4)[None], torch.ones(1, 2, dtype=torch.long)
         with torch.no_grad():
-            direct = self.whole(probe).logits[:, 1:3].float().log_softmax(-1).gather(-1, probe[:, 2:, None]).squeeze(-1)
-            if not torch.allclose(direct, self(probe[:, :2], torch.ones_like(probe[:, :2]), probe[:, 2:], 1.0), atol=0.1):
+            direct = self.whole(ids).logits[0, 1:3].float().log_softmax(-1)[[0, 1], [2, 3]]
+            if not torch.allclose(direct, self(ids[:, :2], ones, ids[:, 2:], 1.0)[0], atol=0.1):
                 fail(f"{type(model).__name__} changes its logits after the output embedding, which is not supported")
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT, temperature: float) -> torch.Tensor:
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
         ids_BL = torch.cat([prompts_BP, responses_BT], 1)
-        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # what follows EOS is masked in the loss
+        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # the loss masks what follows EOS
         inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
         hidden_BLD = self.model.base_model(**inputs).last_hidden_state
         hidden_ND = hidden_BLD[:, prompts_BP.shape[1] - 1 : -1].flatten(0, 1)  # only what predicts a response token
@@ -416,83 +428,74 @@ class ResponseLogprobs(nn.Module):
         def logprobs(hidden_ND, tokens_N):
             return -F.cross_entropy(head(hidden_ND).float() / temperature, tokens_N, reduction="none")
 
-        # The vocabulary dwarfs all else, so at most 2^25 logits (128 MiB in float32) are alive; backward computes them again.
+        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive, and backward computes them again.
         size = max(1, 2**25 // self.model.config.vocab_size)
         chunks = list(zip(hidden_ND.split(size), responses_BT.flatten().split(size), strict=True))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([logprobs(*chunk) for chunk in chunks]).view_as(responses_BT)
-        return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]).view_as(responses_BT)
+        if torch.is_grad_enabled() and len(chunks) > 1:
+            logprobs = functools.partial(checkpoint, logprobs, use_reentrant=False)
+        return torch.cat([logprobs(*chunk) for chunk in chunks]).view_as(responses_BT)
 
 
-def train_engine(
-    module: nn.Module,
-    device: torch.device,
-    *,
-    learning_rate: float,
-    max_grad_norm: float,
-    dtype: str,
-    zero_stage: int,
-    offload: bool,
-    gradient_checkpointing: bool,
-    micro_batch_size: int,
-    micro_batches: int,
-):
-    """A DeepSpeed engine that trains `module` with AdamW on float32 (master) weights."""
-    if offload and zero_stage == 0:
-        fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, gradient_checkpointing: bool):
+    """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights, `rows` per rank and step."""
+    device, zero = placement.device, dict(stage=placement.zero_stage)
+    if placement.offload:
+        if placement.zero_stage == 0:
+            fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+        zero |= dict(offload_optimizer=dict(device="cpu", pin_memory=device.type == "cuda"))
     if gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
-    zero = dict(stage=zero_stage) | (dict(offload_optimizer=dict(device="cpu", pin_memory=device.type == "cuda")) if offload else {})
     config = dict(
-        train_micro_batch_size_per_gpu=micro_batch_size,
+        train_micro_batch_size_per_gpu=placement.micro_batch_size,
         # With 1 here and several backwards per step ZeRO-1 and 2 would keep only the last one's gradients.
-        gradient_accumulation_steps=micro_batches,
+        gradient_accumulation_steps=math.ceil(rows / placement.micro_batch_size),
         gradient_clipping=max_grad_norm,
-        bf16=dict(enabled=dtype == "bfloat16"),
+        bf16=dict(enabled=placement.dtype == "bfloat16"),
         zero_optimization=zero,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
-        steps_per_print=None,
     )
     # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
-    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     for state in optimizer.state.values():
-        state["step"].zero_()  # the bfloat16 optimizer of ZeRO-0 warms up with a step, which would spoil Adam's bias correction
-    for name, buffer in buffers.items():  # the engine rounds buffers to bfloat16 too, but rotary frequencies need float32
-        parent, _, leaf = name.rpartition(".")
-        setattr(engine.module.get_submodule(parent), leaf, buffer.to(device))
+        state["step"].zero_()  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")  # bfloat16 engines round the rotary frequencies too: undo it
+        setattr(module.get_submodule(parent), leaf, buffer.to(device))
     return engine
 
 
-def freeze(module: nn.Module, device: torch.device, zero_stage: int, offload: bool) -> nn.Module:
-    """A model that is only read: resident on the device, or in CPU memory between uses, or sharded under ZeRO-3."""
+def freeze(module: nn.Module, placement: Placement) -> nn.Module:
+    """A model that is only read: on the device, in CPU memory between uses (offload), or sharded (ZeRO-3)."""
     module.requires_grad_(False).eval()
-    if zero_stage == 3:
-        zero = dict(stage=3) | (dict(offload_param=dict(device="cpu")) if offload else {})
-        return deepspeed.initialize(model=module, config=dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero))[0]
-    return module if offload else module.to(device)
+    if placement.zero_stage == 3:
+        zero = dict(stage=3) | (dict(offload_param=dict(device="cpu")) if placement.offload else {})
+        config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero)
+        return deepspeed.initialize(model=module, config=config)[0]
+    return module if placement.offload else module.to(placement.device)
 
 
 @contextlib.contextmanager
 def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Bring an offloaded frozen model to the device while it is used."""
+    """Brings an offloaded frozen model to the device while it is used. (An engine moves its own weights.)"""
     home = next(module.parameters()).device
-    moved = home != device and not hasattr(module, "module")  # an engine moves its own weights
-    if moved:
+    moves = home != device and not isinstance(module, deepspeed.DeepSpeedEngine)
+    if moves:
         module.to(device)
     yield
-    if moved:
+    if moves:
         module.to(home)
 
 
 @contextlib.contextmanager
 def whole_model(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The plain Hugging Face model behind an engine or a frozen module, with its weights gathered once for the whole block."""
-    inner = getattr(module, "module", module)
-    parameters = list(inner.parameters())
-    with resident(module, device), deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+    """The plain Hugging Face model behind an engine or a frozen module; its weights are gathered once for the block."""
+    inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
+    sharded = [p for p in inner.parameters() if hasattr(p, "ds_id")]
+    with resident(module, device), deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         yield inner.whole.to(device)
 
 
@@ -503,38 +506,39 @@ def micro_batches(rows: int, size: int) -> Iterator[tuple[slice, bool]]:
 
 
 def backward(engine, loss: torch.Tensor, last: bool) -> None:
-    """Add a micro-batch's gradients; with the last one they are averaged over ranks. Nothing is divided by their number."""
+    """Adds a micro-batch's gradients, divided by nothing; the last one makes the engine average over the ranks."""
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
 
 
 def optimizer_step(engine, learning_rate: float) -> tuple[float, bool]:
-    """Clip and step -> (gradient norm before clipping, whether the step was skipped because the norm was not finite)."""
+    """Clips and steps -> (gradient norm before clipping, whether the step was skipped since it was not finite)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():  # here the engine neither tells nor checks the norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            engine.zero_grad()
-            return norm.item(), True
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         engine.step()
-        return norm.item(), False
-    engine.step()
-    skipped = not engine.was_step_applied()
-    return (math.nan if skipped else float(engine.get_global_grad_norm())), skipped
+        return float(engine.get_global_grad_norm()), not engine.was_step_applied()
+    # In float32 without ZeRO the engine neither tells the norm nor minds what it is.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    finite = bool(norm.isfinite())
+    if finite:
+        engine.step()
+    else:
+        engine.zero_grad()
+    return norm.item(), not finite
 
 
 def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_updates: int) -> float:
-    """The learning rate of an update (1 … num_updates): linear warm-up from 0, then constant, or down to 0."""
+    """The learning rate of an update (1 … num_updates): linear warm-up, then constant, or down to 0."""
     warmup = math.ceil(warmup_ratio * num_updates)
     if update <= warmup:
         return peak * update / warmup
-    progress = (update - 1 - warmup) / max(1, num_updates - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+    done = (update - 1 - warmup) / (num_updates - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[schedule]
 
 
 def save_model(module: nn.Module, tokenizer, folder: Path, device: torch.device) -> None:
-    """A plain Hugging Face folder from any ZeRO stage, complete or absent: written aside, then renamed."""
+    """A plain Hugging Face folder from any ZeRO stage: written aside, then renamed, so that it is whole or absent."""
     with whole_model(module, device) as model:
         if dist.get_rank() == 0:
             aside = folder.with_name(folder.name + ".tmp")
@@ -546,15 +550,15 @@ def save_model(module: nn.Module, tokenizer, folder: Path, device: torch.device)
 
 
 @torch.no_grad()
-def check_saved(policy, folder: Path, responses: "Responses", temperature: float, dtype: str, attention: str) -> None:
-    """Reload a saved model and compare its log-probabilities with those of the trained one."""
+def check_saved(policy, folder: Path, responses: "Responses", temperature: float, placement: Placement) -> None:
+    """Reloads a saved policy and compares its log-probabilities with those of the trained one."""
     inputs = (responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT, temperature)
     trained_BT = policy(*inputs)
     if dist.get_rank() == 0:
-        model = ResponseLogprobs(load_model(str(folder), transformers.AutoModelForCausalLM, dtype, attention))
-        difference = ((model.to(trained_BT.device)(*inputs) - trained_BT) * responses.mask_BT).abs().max().item()
-        if not difference < (1e-3 if dtype == "float32" else 0.1):
-            fail(f"{folder}: the saved model's log-probabilities differ by {difference:.2g} from the trained model's", status=1)
+        saved = load_policy(str(folder), placement).to(placement.device)
+        difference = ((saved(*inputs) - trained_BT) * responses.mask_BT).abs().max().item()
+        if not difference < (1e-3 if placement.dtype == "float32" else 0.1):
+            fail(f"{folder}: log-probabilities of the saved model are off by {difference:.2g}", status=1)
     dist.barrier()
 
 
@@ -563,10 +567,10 @@ def check_saved(policy, folder: Path, responses: "Responses", temperature: float
 
 @dataclasses.dataclass
 class Responses:
-    """Rows of prompts and responses. Slicing takes rows."""
+    """Rows of a rollout; a slice of it is a Responses of those rows."""
 
     batch: Batch
-    prompt_index: list[int]  # the prompt in the batch that each row answers
+    prompt_index: list[int]  # which prompt of the batch a row answers
     texts: list[str]  # without special tokens
     prompts_BP: torch.Tensor
     prompt_mask_BP: torch.Tensor
@@ -574,100 +578,82 @@ class Responses:
     mask_BT: torch.Tensor  # 1 up to and including the first EOS
     ended_B: torch.Tensor  # whether there is an EOS
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
     def __getitem__(self, rows: slice) -> "Responses":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
-        return Responses(self.batch, **{name: value[rows] for name, value in values.items()})
+        values = [getattr(self, field.name)[rows] for field in dataclasses.fields(self)[1:]]
+        return Responses(self.batch, *values)
 
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts_BP: torch.Tensor,
-    prompt_mask_BP: torch.Tensor,
-    *,
-    num_samples: int,
-    greedy: bool,
-    length: int,
-    temperature: float,
-    eos_ids: list[int],
+    model, prompts_BP, prompt_mask_BP, *, num_samples: int, greedy: bool, length: int, temperature: float, eos_ids: list
 ) -> torch.Tensor:
-    """Decode `num_samples` sampled rows per prompt (adjacent), then, if `greedy`, one greedy row per prompt, all in one loop.
+    """Decodes `num_samples` sampled rows per prompt (adjacent), then, if `greedy`, one greedy row per prompt.
 
-    Sampling is from softmax(logits / temperature) itself, without top-k or top-p, so that what is sampled is what is scored.
-    -> tokens_RT with R = B · num_samples (+ B) and T ≤ length: decoding stops when every row has ended. A row that has ended repeats its EOS.
+    Sampling is from softmax(logits / temperature), without top-k or top-p: what is sampled is what is scored.
+    -> tokens_RT, T ≤ length: decoding stops when all rows have ended. A row that has ended repeats its EOS.
     """
-    B = len(prompts_BP)
-    S = B * num_samples
-    device = prompts_BP.device
-    prompt_index_R = torch.arange(B, device=device).repeat_interleave(num_samples)
+    device, (B, P) = prompts_BP.device, prompts_BP.shape
+    index_R = torch.arange(B, device=device).repeat_interleave(num_samples)  # the prompt of each row
+    S = len(index_R)  # the first S rows are sampled
     if greedy:
-        prompt_index_R = torch.cat([prompt_index_R, torch.arange(B, device=device)])
+        index_R = torch.cat([index_R, torch.arange(B, device=device)])
+    R = len(index_R)
 
-    # Prompts go through the model once; then each row gets its own copy of its prompt's cache.
+    # Prompts go through the model once; then each row takes its own copy of its prompt's cache.
     cache = transformers.DynamicCache(config=model.config)
     positions_BP = position_ids(prompt_mask_BP)
-    inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP)
-    logits_RV = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1][prompt_index_R]
-    cache.reorder_cache(prompt_index_R)
+    inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
+    logits_RV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
+    cache.reorder_cache(index_R)
+    mask_RL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, length)], 1)
+    next_position_R1 = positions_BP[index_R, -1:] + 1
 
-    R = len(prompt_index_R)
-    mask_RL = torch.cat([prompt_mask_BP[prompt_index_R], prompt_mask_BP.new_ones(R, length)], 1)
-    next_position_R = positions_BP[prompt_index_R, -1] + 1
     eos_E = torch.tensor(eos_ids, device=device)
     ended_R = torch.zeros(R, dtype=torch.bool, device=device)
-    tokens = []
+    tokens_RT = torch.empty(R, length, dtype=torch.long, device=device)
     for t in range(length):
         token_R = logits_RV.argmax(-1)
         if S:
             probabilities_SV = (logits_RV[:S].float() / temperature).softmax(-1)
             token_R[:S] = torch.multinomial(probabilities_SV, 1).squeeze(1)
-        if tokens:
-            token_R = torch.where(ended_R, tokens[-1], token_R)
-        tokens.append(token_R)
-        ended_R = ended_R | torch.isin(token_R, eos_E)
-        if t + 1 == length or ended_R.all():
-            break
-        logits_RV = model(
-            input_ids=token_R[:, None],
-            attention_mask=mask_RL[:, : prompts_BP.shape[1] + t + 1],
-            position_ids=next_position_R[:, None] + t,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    return torch.stack(tokens, 1)
+        tokens_RT[:, t] = torch.where(ended_R, tokens_RT[:, t - 1], token_R)
+        ended_R |= torch.isin(token_R, eos_E)
+        if ended_R.all() or t + 1 == length:
+            return tokens_RT[:, : t + 1]
+        inputs = dict(input_ids=tokens_RT[:, t : t + 1], position_ids=next_position_R1 + t)
+        inputs |= dict(attention_mask=mask_RL[:, : P + t + 1], past_key_values=cache, use_cache=True)
+        logits_RV = model(**inputs).logits[:, -1]
 
 
 def response_mask(tokens_BT: torch.Tensor, eos_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (mask_BT, 1 up to and including the first EOS; ended_B, whether there is one). Pad ids play no part."""
-    is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device))
-    mask_BT = is_eos_BT.long().cumsum(1) - is_eos_BT.long() == 0
-    return mask_BT.long(), is_eos_BT.any(1)
+    is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device)).long()
+    return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long(), is_eos_BT.any(1)
 
 
 def rollout(
-    policy, batch: Batch, tokenizer, *, num_samples: int, greedy: bool, length: int, temperature: float, eos_ids: list[int]
+    policy, batch: Batch, tokenizer, eos_ids: list[int], num_samples: int, greedy: bool, **settings
 ) -> Responses:
-    """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then one greedy row per prompt."""
+    """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then the greedy ones."""
     B, device = len(batch.texts), batch.prompts_BP.device
-    settings = dict(num_samples=num_samples, greedy=greedy, length=length, temperature=temperature, eos_ids=eos_ids)
+    settings |= dict(num_samples=num_samples, greedy=greedy, eos_ids=eos_ids)
     with whole_model(policy, device) as model:
         tokens_RT = generate(model, batch.prompts_BP, batch.prompt_mask_BP, **settings)
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
-    rows = [i for i in range(B) for _ in range(num_samples)] + (list(range(B)) if greedy else [])
+    rows = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
     real = [ids[:n] for ids, n in zip(tokens_RT.tolist(), mask_RT.sum(1).tolist(), strict=True)]
     texts = tokenizer.batch_decode(real, skip_special_tokens=True)
-    return Responses(batch, rows, texts, batch.prompts_BP[rows], batch.prompt_mask_BP[rows], tokens_RT, mask_RT, ended_R)
+    return Responses(
+        batch, rows, texts, batch.prompts_BP[rows], batch.prompt_mask_BP[rows], tokens_RT, mask_RT, ended_R
+    )
 
 
 @torch.no_grad()
-def response_logprobs(module: nn.Module, responses: Responses, temperature: float, micro_batch_size: int) -> torch.Tensor:
-    """-> logprobs_BT of all rows, without gradients, a micro-batch at a time."""
+def response_logprobs(module, responses: Responses, temperature: float, micro_batch_size: int) -> torch.Tensor:
+    """-> logprobs_BT without gradients, a micro-batch at a time."""
     parts = []
     with resident(module, responses.tokens_BT.device):
-        for rows, _ in micro_batches(len(responses), micro_batch_size):
+        for rows, _ in micro_batches(len(responses.texts), micro_batch_size):
             micro = responses[rows]
             parts.append(module(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, temperature))
     return torch.cat(parts)
@@ -677,7 +663,7 @@ def response_logprobs(module: nn.Module, responses: Responses, temperature: floa
 
 
 class LastTokenScore(nn.Module):
-    """A reward model as a function: right-padded token ids -> the scalar head's output at the last real token."""
+    """A reward model as a function of right-padded token ids: its scalar head at the last real token."""
 
     def __init__(self, model):
         super().__init__()
@@ -686,21 +672,18 @@ class LastTokenScore(nn.Module):
         self.model = model
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        """-> scores_B, float32. The last real token is found by the mask: transformers' own head is off by one where pad = EOS."""
+        """-> scores_B, float32. The mask finds the last real token: transformers' own rule misses it if pad = EOS."""
         inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
         hidden_BLD = self.model.base_model(**inputs).last_hidden_state
         last_BD = hidden_BLD[torch.arange(len(ids_BL), device=ids_BL.device), mask_BL.sum(1) - 1]
         return self.model.score(last_BD).squeeze(-1).float()
 
 
-def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int | None) -> list[int]:
-    """What a reward model reads, in training and in scoring: prompt + response + EOS as one text, cut on the left where too long."""
+def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> list[int]:
+    """What a reward model reads, in training and scoring: prompt + response as one text, then EOS; cut on the left."""
     ids = tokenizer(prompt + response)["input_ids"]
-    ids = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-    if max_length and len(ids) > max_length:
-        bos = [ids[0]] if ids[0] == tokenizer.bos_token_id else []
-        ids = bos + ids[len(ids) - max_length + len(bos) :]
-    return ids
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
 def pad_right(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -710,117 +693,105 @@ def pad_right(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor,
     return torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device), mask_BL
 
 
-def load_reward_model(path: str, device: torch.device, dtype: str, attention: str, zero_stage: int, offload: bool, micro_batch_size: int):
-    """A sequence-classification folder as a reward function of texts. It may have any tokenizer."""
+def reward_model_function(path: str, placement: Placement) -> Callable[..., list[float]]:
+    """A sequence-classification folder as a reward function of texts; so its tokenizer may be any."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
         fail(f"{path}: the reward model's tokenizer has no EOS token, which ends what it reads")
-    model = load_model(path, transformers.AutoModelForSequenceClassification, dtype, attention, num_labels=1)
-    mean, max_length = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "max_position_embeddings", None)
-    scorer = freeze(LastTokenScore(model), device, zero_stage, offload)
+    model = load_model(path, transformers.AutoModelForSequenceClassification, placement, num_labels=1)
+    max_length = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    mean = getattr(model.config, "reward_mean", 0.0)
+    scorer = freeze(LastTokenScore(model), placement)
 
     @torch.no_grad()
     def reward(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
-        ids = [reward_model_ids(tokenizer, p, r, max_length) for p, r in zip(prompts, responses, strict=True)]
-        with resident(scorer, device):
-            scores = [scorer(*pad_right(ids[rows], device)) for rows, _ in micro_batches(len(ids), micro_batch_size)]
-        return (torch.cat(scores) - mean).tolist()
+        ids = [reward_model_ids(tokenizer, *pair, max_length) for pair in zip(prompts, responses, strict=True)]
+        with resident(scorer, placement.device):
+            slices = [rows for rows, _ in micro_batches(len(ids), placement.micro_batch_size)]
+            return (torch.cat([scorer(*pad_right(ids[rows], placement.device)) for rows in slices]) - mean).tolist()
 
     return reward
 
 
-def load_reward_function(spec: str) -> Callable[..., list[float]]:
-    """`path/to/file.py:name` -> the function. This is the only code that is loaded from a path."""
+def function_from_file(spec: str) -> Callable[..., list[float]]:
+    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"--reward-function {spec}: wanted is an existing file and a function in it, as in path/to/file.py:name")
+        fail(f"{spec}: no such reward function; wanted is an existing file and a name, as in path/to/file.py:name")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        fail(f"--reward-function {spec}: importing the file raised {type(error).__name__}: {error}")
+        fail(f"{spec}: importing the file raised {type(error).__name__}: {_first_line(error)}")
     if not callable(getattr(module, name, None)):
-        fail(f"--reward-function {spec}: the file has no function {name!r}")
+        fail(f"{spec}: the file has no function {name!r}")
     return getattr(module, name)
 
 
 class Reward:
-    """A reward function of texts, checked, and lowered by a penalty where a response has no EOS."""
+    """A checked reward function of texts (a file's, else the reward model's), less a penalty where there is no EOS."""
 
-    def __init__(self, function: Callable[..., list[float]], name: str, missing_eos_penalty: float):
-        self.function, self.name, self.missing_eos_penalty = function, name, missing_eos_penalty
+    def __init__(self, model: str | None, function: str | None, missing_eos_penalty: float, placement: Placement):
+        self.name, self.missing_eos_penalty = function or model, missing_eos_penalty
+        self.function = function_from_file(function) if function else reward_model_function(model, placement)
 
     def __call__(self, responses: Responses) -> torch.Tensor:
         """-> rewards_B, float32."""
         prompts = [responses.batch.texts[i] for i in responses.prompt_index]
-        columns = {name: [values[i] for i in responses.prompt_index] for name, values in responses.batch.columns.items()}
+        columns = {name: [v[i] for i in responses.prompt_index] for name, v in responses.batch.columns.items()}
         try:
-            scores = list(map(float, self.function(prompts, list(responses.texts), **columns)))
+            scores = [float(score) for score in self.function(prompts, list(responses.texts), **columns)]
         except Exception as error:
-            fail(f"{self.name} raised {type(error).__name__}: {error}", status=1)
+            fail(f"{self.name} raised {type(error).__name__}: {_first_line(error)}", status=1)
         if len(scores) != len(prompts):
             fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
         for score, text in zip(scores, responses.texts, strict=True):
             if not math.isfinite(score):
                 fail(f"{self.name} returned {score} for the response {text!r}", status=1)
-        rewards_B = torch.tensor(scores, device=responses.tokens_BT.device)
-        return rewards_B - self.missing_eos_penalty * (~responses.ended_B)
+        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
+        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
 
 
 # ---------------------------------------------------------------- 7. Evaluation
 
 
-@torch.no_grad()
 def evaluate(
-    policy,
-    *,
-    prompts: Prompts,
-    size: int,
-    batch_size: int,
-    device: torch.device,
-    rollout: Callable[..., Responses],
-    reward: Reward,
-    gold_reward: Reward | None,
-    reference: nn.Module,
-    logprobs: Callable[[nn.Module, Responses], torch.Tensor],
-) -> list[dict]:
-    """Greedy responses to the first `size` held-out prompts -> one row each, the same on every rank.
+    policy, reference, prompts: Prompts, size: int, batch_size: int, device, rollout, logprobs, rewards
+) -> list:
+    """Greedy responses to the first `size` held-out prompts -> one dict each, the same list on every rank.
 
-    The prompts are dealt out to the ranks; some come twice where they do not divide evenly, because the ranks must take equal steps.
+    `rewards` is {column: Reward}. Prompts are dealt out to the ranks, a few of them twice where they do not divide
+    evenly: ranks must take equal steps.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    size = min(size, len(prompts.ids))
+    size = min(size, len(prompts.texts))
     mine = [i % size for i in range(rank, math.ceil(size / world_size) * world_size, world_size)]
     rows = []
-    for start in range(0, len(mine), batch_size):
-        responses = rollout(policy, prompts.batch(mine[start : start + batch_size], device), num_samples=0, greedy=True)
+    for batch, _ in micro_batches(len(mine), batch_size):
+        responses = rollout(policy, prompts.batch(mine[batch], device), num_samples=0, greedy=True)
         log_ratios_BT = logprobs(policy, responses) - logprobs(reference, responses)
-        columns = dict(
-            prompt=responses.batch.texts,
-            response=responses.texts,
-            reward=reward(responses).tolist(),
-            kl=(log_ratios_BT * responses.mask_BT).sum(1).tolist(),
-            response_length=responses.mask_BT.sum(1).tolist(),
-        )
-        if gold_reward:
-            columns["gold_reward"] = gold_reward(responses).tolist()
+        columns = dict(prompt=responses.batch.texts, response=responses.texts)
+        columns |= {name: reward(responses).tolist() for name, reward in rewards.items()}
+        columns |= dict(kl=(log_ratios_BT * responses.mask_BT).sum(1).tolist())
+        columns |= dict(response_length=responses.mask_BT.sum(1).tolist())
         rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return gather_rows(rows, world_size)[:size]
+    return gather_rows(rows)[:size]
 
 
 def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, float]:
-    """Means of the rows, and how often they beat the initial policy's response to the same prompt (a tie counts one half)."""
-    metrics = {f"eval_{name}": sum(r[name] for r in rows) / len(rows) for name, v in rows[0].items() if not isinstance(v, str)}
-    wins = [(r["reward"] > i["reward"]) + 0.5 * (r["reward"] == i["reward"]) for r, i in zip(rows, initial_rows, strict=True)]
-    return metrics | {"eval_win_rate": sum(wins) / len(wins)}
+    """Means of the rows, and how often they beat the initial policy's response to the same prompt (a tie counts ½)."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    means = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+    pairs = [(new["reward"], old["reward"]) for new, old in zip(rows, initial_rows, strict=True)]
+    return means | dict(eval_win_rate=sum((new > old) + 0.5 * (new == old) for new, old in pairs) / len(pairs))
 
 
-# ---------------------------------------------------------------- 8. The run's folder
+# ---------------------------------------------------------------- 8. The run
 
 
 class Clock:
-    """Seconds since the last lap; waits for the GPU's work, so that a lap holds its own."""
+    """Seconds since the last lap; a lap waits for the GPU to finish what it was given."""
 
     def __init__(self):
         self.last = time.perf_counter()
@@ -833,84 +804,83 @@ class Clock:
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console. Rank 0 writes.
+    """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console.
 
-    `update` is the last update of the checkpoint that is resumed, or None.
+    Rank 0 writes. `checkpointed` is the update of the checkpoint that is resumed, or 0.
     """
 
     def __init__(self, args, script: str, num_updates: int):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
         dist.broadcast_object_list(name)
-        self.folder, self.num_updates = Path(name[0]).absolute(), num_updates
-        self.main = dist.get_rank() == 0
-        self.update = self._checkpointed_update() if args.resume else None
+        self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
+        latest = self.folder / "checkpoint" / "latest"
+        if args.resume and not latest.exists():
+            fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
         if not args.resume and (self.folder / "args.json").exists():
-            fail(f"{self.folder} already holds a run: choose another --output-dir, or continue it with --resume {self.folder}")
-        if args.resume and self.update is None:
-            fail(f"--resume {self.folder}: no checkpoint there (was the run started with --save-every?)")
+            fail(f"--output-dir {self.folder} already holds a run: choose another, or continue it with --resume")
+        self.checkpointed = int(latest.read_text()) if args.resume else 0
         dist.barrier()  # every rank has looked before rank 0 writes
         if self.main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                saved = dataclasses.asdict(args) | dict(resume=None, output_dir=str(self.folder), ranks=dist.get_world_size())
-                (self.folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-                self._forget_after_checkpoint()
+                self._open_folder(args)
             except OSError as error:
-                fail(f"--output-dir {self.folder}: {error.strerror or error}")
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.writer = SummaryWriter(str(self.folder), purge_step=None if self.update is None else self.update + 1)
-        self.bar = tqdm(total=num_updates, initial=self.update or 0, disable=not self.main, unit="update", dynamic_ncols=True)
-        self.stop_signal = 0
-        signal.signal(signal.SIGINT, self._remember_signal)
-        signal.signal(signal.SIGTERM, self._remember_signal)
+                fail(f"--output-dir {self.folder}: {error.strerror}")
+        dist.barrier()
+        self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.main)
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember_signal)
 
     def _remember_signal(self, number, frame) -> None:
-        self.stop_signal = self.stop_signal or number
+        self.signal = self.signal or number
 
-    def _forget_after_checkpoint(self) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if self.update is not None and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= self.update]
-            aside = path.with_suffix(".tmp")
+    def _open_folder(self, args) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
+        (self.folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        for name in ("metrics.jsonl", "samples.jsonl"):  # forget what came after the checkpoint
+            path, aside = self.folder / name, self.folder / f"{name}.tmp"
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if args.resume and path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= self.checkpointed]
             aside.write_text("".join(kept), encoding="utf-8")
             aside.replace(path)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1 if args.resume else None)
 
     def say(self, text: str) -> None:
         if self.main:
             self.bar.write(text)
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
-        """One row of metrics.jsonl (not-finite values as null), TensorBoard's curves, and the progress bar."""
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = [0] * dist.get_world_size()
+        """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_bytes()
+        peaks = [None] * dist.get_world_size()
         dist.all_gather_object(peaks, peak)
-        metrics = dict(update=update) | metrics | dict(peak_memory_bytes=max(peaks))
         if not self.main:
             return
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        metrics = dict(update=update) | metrics | dict(peak_memory_bytes=max(peaks))
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, update)
         if update:
-            self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}, refresh=False)
+            self.bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "kl")}, refresh=False)
             self.bar.update()
 
-    def log_samples(self, update: int, rows: list[dict], show: int = 2) -> None:
-        """All rows go to samples.jsonl, the first few to the console."""
+    def log_samples(self, update: int, rows: list[dict], show: int = 3) -> None:
+        """All rows of an evaluation to samples.jsonl, a few to the console."""
         if not self.main:
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(update=update) | row, ensure_ascii=False) + "\n" for row in rows)
         mean = sum(row["reward"] for row in rows) / len(rows)
-        self.say(f"\nupdate {update}: greedy responses to {len(rows)} held-out prompts, mean reward {mean:.3f}")
+        self.say(f"\nAfter {update} updates: mean reward {mean:.2f} of greedy responses to held-out prompts, such as")
         for row in rows[:show]:
-            self.say(f"  [{row['reward']:+.2f}] …{row['prompt'][-80:]!r} → {row['response'][:300]!r}")
+            self.say(f"  [{row['reward']:6.2f}] {row['prompt'][-120:]} ▸{row['response'][:400]}")
 
     def save_checkpoint(self, update: int, *engines) -> None:
-        """Written under the update's name, then named by `latest` in one atomic step: a torn checkpoint is never resumed from."""
+        """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
         folder = self.folder / "checkpoint"
         for i, engine in enumerate(engines):
             engine.save_checkpoint(str(folder / f"update-{update}"), tag=f"engine-{i}", save_latest=False)
@@ -921,47 +891,40 @@ class Run:
             for old in folder.glob("update-*"):
                 if old.name != f"update-{update}":
                     shutil.rmtree(old)
-        dist.barrier()
-
-    def _checkpointed_update(self) -> int | None:
-        latest = self.folder / "checkpoint" / "latest"
-        return int(latest.read_text()) if latest.exists() else None
 
     def load_checkpoint(self, *engines) -> int:
-        """-> the update to begin with: 1, or the one after the checkpoint's."""
-        if self.update is None:
-            return 1
-        for i, engine in enumerate(engines):
-            engine.load_checkpoint(str(self.folder / "checkpoint" / f"update-{self.update}"), tag=f"engine-{i}")
-        self.say(f"resumed {self.folder} after update {self.update}")
-        return self.update + 1
+        """-> the update to begin with."""
+        for i, engine in enumerate(engines if self.checkpointed else []):
+            engine.load_checkpoint(str(self.folder / "checkpoint" / f"update-{self.checkpointed}"), tag=f"engine-{i}")
+        return self.checkpointed + 1
 
     def stop_if_asked(self, update: int, device: torch.device, *engines) -> None:
-        """After ctrl-C or SIGTERM at any rank: checkpoint, say how to go on, exit with 130 or 143."""
-        number = torch.tensor(self.stop_signal, device=device)
+        """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
+        number = torch.tensor(self.signal, device=device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         if number.item():
             self.save_checkpoint(update, *engines)
-            self.say(f"stopped after update {update}; to go on: python {sys.argv[0]} --resume {self.folder}")
             self.close()
+            self.say(f"Stopped after update {update}. To go on: python {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + number.item())
 
     def finish(self, model: str) -> None:
-        """The last lines of the console: what was learned, where it is, how to look at it."""
-        if self.main:
-            rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-            before, after = rows[0], rows[-1]
-            self.bar.close()
-            if "eval_reward" in after and before["update"] == 0:
-                gold = f", gold reward {before['eval_gold_reward']:.3f} → {after['eval_gold_reward']:.3f}" if "eval_gold_reward" in after else ""
-                self.say(
-                    f"\nHeld-out prompts, greedy responses: reward {before['eval_reward']:.3f} → {after['eval_reward']:.3f}{gold}, better than "
-                    f"the initial policy on {after['eval_win_rate']:.0%} of the prompts, KL {after['eval_kl']:.1f} nats."
-                )
-            self.say(f"Saved and reloaded: {self.folder / model} (a Hugging Face folder: transformers' from_pretrained reads it)")
-            self.say(f"Samples:            {self.folder / 'samples.jsonl'}")
-            self.say(f"Curves:             tensorboard --logdir {self.folder}")
+        """The console's last lines: what was learned, where it is, how to look at it."""
         self.close()
+        if not self.main:
+            return
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        first, last = rows[0], rows[-1]
+        for name, what in (("eval_reward", "Reward"), ("eval_gold_reward", "Gold reward")):
+            if name in first and name in last:
+                self.say(f"{what + ':':13}{first[name]:.2f} → {last[name]:.2f} (greedy responses to held-out prompts)")
+        if "eval_win_rate" in last:
+            self.say(
+                f"Win rate:    {last['eval_win_rate']:.0%} against the initial policy, at a KL of {last['kl']:.1f} nats"
+            )
+        self.say(f"Saved:       {self.folder / model} (checked; transformers' from_pretrained reads it)")
+        self.say(f"Samples:     {self.folder / 'samples.jsonl'}")
+        self.say(f"Curves:      tensorboard --logdir {self.folder}")
 
     def close(self) -> None:
         self.bar.close()
@@ -969,3 +932,7 @@ class Run:
             self.writer.close()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _peak_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,27 +1,28 @@
-"""ReMax: reinforcement learning from human feedback with no value model (arXiv 2310.10505, Section 4, Algorithm 1).
+r"""ReMax: reinforcement learning from human feedback without a value model (arXiv 2310.10505, Section 4, Algorithm 1).
 
-For each prompt x the policy π writes two responses: y, sampled, and ȳ, greedy. The reward of ȳ is the baseline of y:
+To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. The reward of ȳ is the baseline of y:
 
-    gradient  =  mean over prompts of  Σ_t  (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
+    gradient  =  mean over prompts of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
-where R_t is the reward r(x, y) of the whole response, less the KL penalty of token t and of the tokens after it. The baseline does not
-depend on the sampled tokens, so the gradient stays unbiased; and it is near the expected reward, so the gradient is less noisy than
-REINFORCE's, at least while the greedy response is not yet the best one.
+R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline
+does not depend on the sampled tokens, so the gradient stays unbiased. It is near the reward to be expected, so the
+gradient is less noisy than REINFORCE's, at least as long as the greedy response is not yet the best one.
 
-What PPO has and this script has not, and why that is right here:
-- a value model, its optimizer and GAE: the environment is deterministic and its reward comes once, at the end, so one more response of
-  the same policy tells what to expect, and tells it without a second model to train and to hold in memory;
-- importance ratios, clipping and old log-probabilities: each rollout is used for one optimizer step only, so the policy that is
-  differentiated is the one that sampled;
-- epochs, minibatches and whitened advantages: likewise one step, on rewards as they are.
+What PPO has and this script has not, and why it may be left out here:
+- a value model, its optimizer, GAE: text generation is deterministic and its reward comes once, at the end, so one more
+  response of the same policy tells what to expect, with no second model to train and to keep in memory;
+- importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that is
+  differentiated is the one that has sampled;
+- epochs, minibatches, whitened advantages: likewise one step, on the rewards as they are.
 
-One CPU      python remax.py
-One GPU      python remax.py --model M --reward-model R --dataset D.jsonl --eval-dataset E.jsonl --dtype bfloat16 --learning-rate 1e-6
-Eight GPUs   deepspeed remax.py --model M --reward-model R --dataset D.jsonl --eval-dataset E.jsonl --dtype bfloat16 \
-                 --learning-rate 1e-6 --zero-stage 2 --gradient-checkpointing --batch-size 128 --micro-batch-size 4
+One CPU:     python remax.py
+One GPU:     python remax.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8
+Eight GPUs:  deepspeed remax.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over response tokens,
-first EOS included. Files, models, rollout, rewards and logging are in common.py.
+Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
+response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
 """
 
 import functools
@@ -29,12 +30,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import common
 from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
 
-# ---------------------------------------------------------------- 1. Flags
+# ---------------------------------------------------------------- Flags
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Args:
 
     # Optimization
     total_episodes: PositiveInt = 6400
-    """Prompts in the whole run, over all ranks; the data set is repeated as often as needed."""
+    """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
     batch_size: PositiveInt = 64
     """Prompts per update over all ranks; the rollout decodes a rank's share of them at once."""
     micro_batch_size: PositiveInt = 32
@@ -95,7 +95,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm that is clipped to; the loss sums over tokens, so the norm is about T times that of a token mean."""
+    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -112,86 +112,74 @@ class Args:
     """Attention implementation of transformers."""
 
 
-# ---------------------------------------------------------------- 2. The algorithm
+# ---------------------------------------------------------------- The algorithm
 
 
 def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma):
-    """Return of each token minus the greedy response's reward -> advantages_BT, detached, 0 where masked.
+    """Each token's return minus the reward of the greedy response -> advantages_BT, detached, 0 where masked.
 
-    rewards_B, baseline_rewards_B: r(x, y) of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT: log π and log π_ref of
-    the sampled tokens, in nats. mask_BT: 1 on real tokens. kl_coef: reward units per nat. gamma: discount per token.
+    rewards_B, baseline_rewards_B: rewards of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT:
+    log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
-    mask_BT = mask_BT.to(logprobs_BT.dtype)
-    shaped_BT = -kl_coef * (logprobs_BT.detach() - ref_logprobs_BT.detach()) * mask_BT
-    last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
-    shaped_BT = shaped_BT.scatter_add(1, last_B1, rewards_B.detach().to(shaped_BT.dtype)[:, None])
-    returns_BT = torch.empty_like(shaped_BT)
+    logprobs_BT, ref_logprobs_BT, mask_BT = logprobs_BT.detach(), ref_logprobs_BT.detach(), mask_BT.to(logprobs_BT)
+    shaped_BT = -kl_coef * (logprobs_BT - ref_logprobs_BT) * mask_BT
+    last_B = mask_BT.long().sum(1) - 1
+    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B.detach().to(logprobs_BT)
+    returns_BT = torch.zeros_like(shaped_BT)
     return_B = torch.zeros_like(shaped_BT[:, 0])
     for t in reversed(range(shaped_BT.shape[1])):
         return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
         returns_BT[:, t] = return_B
-    # The baseline is not discounted: γ^{T−t} would make it depend on where the sampled response ends.
-    return (returns_BT - baseline_rewards_B.detach().to(returns_BT.dtype)[:, None]) * mask_BT  # ReMax, Algorithm 1
+    # The baseline is not discounted: γ^{T−t} would make it depend on the tokens sampled after t.
+    return (returns_BT - baseline_rewards_B.detach().to(logprobs_BT)[:, None]) * mask_BT  # ReMax, Algorithm 1
 
 
 def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
-    """−Σ advantage · log π / denominator -> scalar. The denominator is the number of rows of the global batch, not of tokens, so a
-    row's weight does not depend on how long the others are."""
-    # No ratio and no clip: these are the log-probabilities of the policy that sampled.
+    """−Σ advantage · log π / denominator -> scalar, differentiable in logprobs_BT.
+
+    The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
+    """
+    # No ratio, no clip: these are the log-probabilities of the policy that sampled.
     return -(advantages_BT.detach() * logprobs_BT * mask_BT).sum() / denominator
 
 
-# ---------------------------------------------------------------- 3. Training
+# ---------------------------------------------------------------- Training
 
 
 def main() -> None:
     args = common.parse_args(Args)
     rank, world_size, device = common.start_processes()
     B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, world_size)  # B rows on this rank
+    placement = common.Placement(
+        device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
+    )
 
-    # 3.1 Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
+    # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
-    models = [common.load_model(args.model, AutoModelForCausalLM, args.dtype, args.attention) for _ in range(2)]
-    common.check_length(models[0], args.max_prompt_length, args.response_length)
-    eos_ids = common.eos_ids(models[0], tokenizer)
-    policy = common.train_engine(
-        common.ResponseLogprobs(models[0]),
-        device,
-        learning_rate=args.learning_rate,
-        max_grad_norm=args.max_grad_norm,
-        dtype=args.dtype,
-        zero_stage=args.zero_stage,
-        offload=args.offload,
-        gradient_checkpointing=args.gradient_checkpointing,
-        micro_batch_size=args.micro_batch_size,
-        micro_batches=-(-B // args.micro_batch_size),
-    )
-    reference = common.freeze(common.ResponseLogprobs(models[1]), device, args.zero_stage, args.offload)
-    if args.reward_function:
-        reward = common.Reward(common.load_reward_function(args.reward_function), args.reward_function, args.missing_eos_penalty)
-    else:
-        placement = (device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size)
-        reward = common.Reward(common.load_reward_model(args.reward_model, *placement), args.reward_model, args.missing_eos_penalty)
-    gold_reward = None
+    policy = common.load_policy(args.model, placement)
+    eos_ids = common.eos_ids(policy.model, tokenizer)
+    common.check_length(policy.model, args.max_prompt_length, args.response_length)
+    policy = common.train_engine(policy, placement, B, args.max_grad_norm, args.gradient_checkpointing)
+    reference = common.freeze(common.load_policy(args.model, placement), placement)
+    reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
+    rewards = dict(reward=reward)
     if args.gold_reward_function:
-        gold_reward = common.Reward(common.load_reward_function(args.gold_reward_function), args.gold_reward_function, 0.0)
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
 
-    # 3.2 Data and evaluation
-    load_prompts = functools.partial(
-        common.load_prompts, split=args.dataset_split, column=args.prompt_column, tokenizer=tokenizer, max_length=args.max_prompt_length
-    )
-    prompts = load_prompts(args.dataset)
-    rollout = functools.partial(
-        common.rollout, tokenizer=tokenizer, length=args.response_length, temperature=args.temperature, eos_ids=eos_ids
-    )
-    logprobs_of = functools.partial(common.response_logprobs, temperature=args.temperature, micro_batch_size=args.micro_batch_size)
+    # 2. Data, and the functions that rollout and evaluation share
+    data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
+    prompts = common.load_prompts(args.dataset, tokenizer=tokenizer, **data)
+    sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
+    rollout = functools.partial(common.rollout, **sampling)
+    scoring = dict(temperature=args.temperature, micro_batch_size=args.micro_batch_size)
+    logprobs_of = functools.partial(common.response_logprobs, **scoring)
     evaluating = args.eval_dataset is not None and args.eval_every > 0
     if evaluating:
-        eval_prompts = load_prompts(args.eval_dataset)
+        eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
+        held_out = dict(reference=reference, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device)
         evaluate = functools.partial(
-            common.evaluate, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device, rollout=rollout, reward=reward,
-            gold_reward=gold_reward, reference=reference, logprobs=logprobs_of,
-        )  # fmt: skip
+            common.evaluate, rollout=rollout, logprobs=logprobs_of, rewards=rewards, **held_out
+        )
 
     run = common.Run(args, __file__, num_updates)
     first_update = run.load_checkpoint(policy)
@@ -206,58 +194,50 @@ def main() -> None:
         common.set_seed(args.seed, update, rank)
         clock = common.Clock()
 
-        # 3.3 Rollout: to each prompt one sampled and one greedy response of the policy as it is now, in one decode loop
-        indices = common.shuffled_indices(len(prompts.ids), args.seed, (update - 1) * args.batch_size, args.batch_size)
-        responses = rollout(policy, prompts.batch(indices[rank::world_size], device), num_samples=1, greedy=True)
+        # 3. Rollout: to each prompt a sampled and a greedy response of the policy as it is now, in one decode loop
+        start = (update - 1) * args.batch_size
+        indices = common.shuffled_indices(len(prompts.texts), args.seed, start, args.batch_size)[rank::world_size]
+        responses = rollout(policy, prompts.batch(indices, device), num_samples=1, greedy=True)
         sampled = responses[:B]
         seconds_rollout = clock.lap()
 
-        # 3.4 Score: the greedy responses' rewards are the baseline
+        # 4. Score
         rewards_B, baseline_rewards_B = reward(responses).chunk(2)
         seconds_score = clock.lap()
 
-        # 3.5 One optimizer step. The policy's log-probabilities are computed once: differentiated in the loss, detached in the advantages.
+        # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
         ref_logprobs_BT = logprobs_of(reference, sampled)
-        denominator = args.batch_size
         losses, logprobs = [], []
         for rows, last in common.micro_batches(B, args.micro_batch_size):
             micro = sampled[rows]
             logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
-            advantages_BT = advantages(
-                rewards_B[rows], baseline_rewards_B[rows], logprobs_BT, ref_logprobs_BT[rows], micro.mask_BT, args.kl_coef, args.gamma
-            )
-            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator)
-            common.backward(policy, loss * world_size, last)  # the engine averages over ranks, the denominator counts all of them
+            estimates = (rewards_B[rows], baseline_rewards_B[rows], logprobs_BT, ref_logprobs_BT[rows])
+            advantages_BT = advantages(*estimates, micro.mask_BT, args.kl_coef, args.gamma)
+            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=args.batch_size)
+            common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
             losses.append(loss.detach())
             logprobs.append(logprobs_BT.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped = common.optimizer_step(policy, learning_rate)
         seconds_train = clock.lap()
 
-        # 3.6 Log, evaluate, checkpoint
-        logprobs_BT = torch.cat(logprobs)
-        means = common.global_means(
-            device,
+        # 6. Log, evaluate, checkpoint
+        logprobs_BT, mask_BT = torch.cat(logprobs), sampled.mask_BT
+        means = dict(
             reward=rewards_B,
             baseline_reward=baseline_rewards_B,
-            kl=((logprobs_BT - ref_logprobs_BT) * sampled.mask_BT).sum(1),
-            entropy=(-logprobs_BT, sampled.mask_BT),
-            response_length=sampled.mask_BT.sum(1),
+            kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
+            entropy=(-logprobs_BT, mask_BT),
+            response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
             loss=torch.stack(losses).sum() * world_size,
             tokens_per_second=responses.mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
-            **(dict(gold_reward=gold_reward(sampled)) if gold_reward else {}),
         )
-        metrics = dict(
-            episodes=update * args.batch_size,
-            **means,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            skipped_updates=int(skipped),
-            seconds_rollout=seconds_rollout,
-            seconds_score=seconds_score,
-            seconds_train=seconds_train,
-        )
+        if args.gold_reward_function:
+            means["gold_reward"] = rewards["gold_reward"](sampled)
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if evaluating and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)
@@ -267,10 +247,10 @@ def main() -> None:
             run.save_checkpoint(update, policy)
         run.stop_if_asked(update, device, policy)
 
-    # 3.7 Save, and check that what was saved is what was trained
+    # 7. Save, and check that what was saved is what was trained
     common.save_model(policy, tokenizer, run.folder / "policy", device)
     probe = rollout(policy, prompts.batch([0], device), num_samples=0, greedy=True)
-    common.check_saved(policy, run.folder / "policy", probe, args.temperature, args.dtype, args.attention)
+    common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
     run.finish("policy")
 
 

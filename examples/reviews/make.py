@@ -1,9 +1,11 @@
 """Makes everything else in this folder: a small world of movie reviews, a tokenizer, a policy and a reward model.
 
-    python examples/reviews/make.py            (data byte for byte the same; all of it in about two minutes on two cores)
+    python examples/reviews/make.py            (data byte for byte the same; all of it in about two minutes on two
+    cores)
 
-A reviewer opens with a few words (the prompt) and goes on in a good, a bad or a mixed mood, in one to four sentences. The policy
-learns to go on in any mood; the reward model learns from noisy preferences which of two continuations is the kinder one.
+A reviewer opens with a few words (the prompt) and goes on in a good, a bad or a mixed mood, in one to four sentences.
+The policy learns to go on in any mood; the reward model learns from noisy preferences which of two continuations is the
+kinder one.
 """
 
 import json
@@ -20,8 +22,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
-import common  # noqa: E402
 from sentiment import ADJECTIVES, NEGATIONS, NOUNS, VERBS, sentiment  # noqa: E402
+
+import common  # noqa: E402
 
 # ---------------------------------------------------------------- The world
 
@@ -29,9 +32,13 @@ WORK = "movie film picture comedy drama thriller western musical sequel document
 ASPECT = "acting plot music camera dialogue script ending pacing humor cast story score editing lighting".split()
 PERSON = "director actor actress hero villain writer narrator detective singer dancer teacher captain".split()
 PLACE = "castle desert harbor village forest hospital island kitchen library museum prison train".split()
-COMPANY = "my sister|my brother|two friends|my parents|the whole family|an old friend|my neighbor|a full house".split("|")
+COMPANY = "my sister|my brother|two friends|my parents|the whole family|an old friend|my neighbor|a full house".split(
+    "|"
+)
 TIME = "last night|on a rainy day|over the weekend|at a festival|on the plane|at home|after work|last summer".split("|")
-SCENE = "the first scene|the opening|the last hour|the long chase|the final song|the quiet middle|the big reveal".split("|")
+SCENE = "the first scene|the opening|the last hour|the long chase|the final song|the quiet middle|the big reveal".split(
+    "|"
+)
 
 OPENINGS = (
     "The {aspect} in this {work}",
@@ -83,8 +90,8 @@ def fill(rng: random.Random, shape: str, mood: str) -> str:
     choices = {
         "{adjective}": ADJECTIVES[mood], "{opposite}": ADJECTIVES[other], "{verb}": VERBS[mood], "{noun}": NOUNS[mood],
         "{negation}": sorted(NEGATIONS), "{adverb}": ["really", "truly", "simply", "so", "rather", "always"],
-        "{work}": WORK, "{aspect}": ASPECT, "{person}": PERSON, "{place}": PLACE, "{company}": COMPANY, "{time}": TIME, "{scene}": SCENE,
-        "{company_or_all}": [*COMPANY, "everyone"],
+        "{work}": WORK, "{aspect}": ASPECT, "{person}": PERSON, "{place}": PLACE, "{time}": TIME, "{scene}": SCENE,
+        "{company}": COMPANY, "{company_or_all}": [*COMPANY, "everyone"],
     }  # fmt: skip
     for slot, words in choices.items():
         while slot in shape:
@@ -141,7 +148,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, **kwargs) -> GPT2Config:
-    ids = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids = dict(
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     shape = dict(vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=layers, n_head=4)
     return GPT2Config(**shape, **ids, **dropout, **kwargs)
@@ -169,7 +178,9 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, demonstrations: list[dict]) 
 
     def loss_of(rows: list[dict]) -> torch.Tensor:
         encode = lambda texts: [tokenizer(text)["input_ids"] for text in texts]  # noqa: E731
-        prompts = common.Prompts([r["prompt"] for r in rows], encode(r["prompt"] for r in rows), {}).batch(range(len(rows)), "cpu")
+        prompts = common.Prompts([r["prompt"] for r in rows], encode(r["prompt"] for r in rows), {}).batch(
+            range(len(rows)), "cpu"
+        )
         responses = [ids + [tokenizer.eos_token_id] for ids in encode(r["completion"] for r in rows)]
         tokens_BT, mask_BT = common.pad_right(responses, torch.device("cpu"))
         logprobs_BT = module(prompts.prompts_BP, prompts.prompt_mask_BP, tokens_BT, 1.0)
@@ -181,7 +192,9 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, demonstrations: list[dict]) 
 
 
 def make_reward_model(tokenizer: PreTrainedTokenizerFast, preferences: list[dict]) -> None:
-    """Bradley-Terry: the chosen response should score higher. The mean score of held-out chosen responses becomes zero."""
+    """Bradley-Terry: the chosen response should score higher. The mean score of held-out chosen responses
+    becomes zero.
+    """
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(config(tokenizer, width=64, layers=2, num_labels=1))
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.n_embd + 1))
@@ -189,7 +202,11 @@ def make_reward_model(tokenizer: PreTrainedTokenizerFast, preferences: list[dict
     held_out, rows = preferences[:200], preferences[200:]
 
     def scores(rows: list[dict]) -> torch.Tensor:
-        ids = [common.reward_model_ids(tokenizer, r["prompt"], r[side], None) for side in ("chosen", "rejected") for r in rows]
+        ids = [
+            common.reward_model_ids(tokenizer, r["prompt"], r[side], None)
+            for side in ("chosen", "rejected")
+            for r in rows
+        ]
         return module(*common.pad_right(ids, torch.device("cpu")))
 
     def loss_of(rows: list[dict]) -> torch.Tensor:

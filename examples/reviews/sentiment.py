@@ -9,16 +9,16 @@ import re
 
 ADJECTIVES = {
     "good": """
-        amazing astonishing beautiful brilliant charming clever delightful dazzling elegant enchanting excellent fantastic fresh funny
-        gorgeous graceful great gripping heartfelt hilarious honest impressive inspired lovely magical marvelous memorable moving
-        perfect powerful radiant remarkable rich sharp splendid stunning superb sweet tender terrific thrilling touching triumphant
-        vivid warm wise witty wonderful
+        amazing astonishing beautiful brilliant charming clever delightful dazzling elegant enchanting excellent
+        fantastic fresh funny gorgeous graceful great gripping heartfelt hilarious honest impressive inspired lovely
+        magical marvelous memorable moving perfect powerful radiant remarkable rich sharp splendid stunning superb sweet
+        tender terrific thrilling touching triumphant vivid warm wise witty wonderful
     """.split(),
     "bad": """
-        abysmal annoying awful bad bland bleak boring cheap clumsy confusing cold dreadful dreary dull empty endless flat forgettable
-        grating hollow horrible inept lame lazy lifeless messy mindless monotonous painful pathetic pointless poor predictable
-        pretentious ridiculous sloppy slow stale stiff stupid tedious terrible tired tiresome trite ugly unbearable uninspired weak
-        wooden
+        abysmal annoying awful bad bland bleak boring cheap clumsy confusing cold dreadful dreary dull empty endless
+        flat forgettable grating hollow horrible inept lame lazy lifeless messy mindless monotonous painful pathetic
+        pointless poor predictable pretentious ridiculous sloppy slow stale stiff stupid tedious terrible tired tiresome
+        trite ugly unbearable uninspired weak wooden
     """.split(),
 }
 VERBS = {
@@ -29,15 +29,17 @@ NOUNS = {
     "good": "masterpiece treat gem joy triumph delight marvel wonder".split(),
     "bad": "disaster mess bore failure waste disgrace disappointment letdown".split(),
 }
-OPINIONS = {word: {"good": 1, "bad": -1}[mood] for words in (ADJECTIVES, VERBS, NOUNS) for mood in words for word in words[mood]}
+OPINIONS = {
+    word: {"good": 1, "bad": -1}[mood] for words in (ADJECTIVES, VERBS, NOUNS) for mood in words for word in words[mood]
+}
 NEGATIONS = {"not", "never", "hardly"}
 
 
 def sentiment(text: str) -> float:
     """(positive − negative) / (positive + negative + 1), times the share of words that are not repeats; from −1 to 1.
 
-    A word counts once, and a negation right before it turns it around ("never dull" is praise). So saying one nice word again and
-    again does not pay, and neither does mere length.
+    A word counts once, and a negation right before it turns it around ("never dull" is praise). So saying one nice word
+    again and again does not pay, and neither does mere length.
     """
     words = re.findall(r"[a-z']+", text.lower())
     opinions = {}
