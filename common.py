@@ -182,7 +182,7 @@ def gather_rows(rows: list) -> list:
 
 
 def global_means(device: torch.device, **values) -> dict[str, float]:
-    """Means over all ranks, in one collective. A value is a tensor, or (tensor, mask) where not all entries are real."""
+    """Means over all ranks, in one collective. A value is a tensor, or (tensor, mask) if not all entries are real."""
     pairs = [v if isinstance(v, tuple) else (v, torch.ones_like(v)) for v in values.values()]
     sums = torch.stack([torch.stack([(x * mask).sum(), mask.sum()]).double() for x, mask in pairs]).to(device)
     dist.all_reduce(sums)
@@ -444,7 +444,7 @@ def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, 
             fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
         zero |= dict(offload_optimizer=dict(device="cpu", pin_memory=device.type == "cuda"))
     if gradient_checkpointing:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=placement.micro_batch_size,
         # With 1 here and several backwards per step ZeRO-1 and 2 would keep only the last one's gradients.
