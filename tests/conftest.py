@@ -1,0 +1,68 @@
+"""What the tests share: the project on the path, tiny models made from configs, and scripts run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
+sys.path.insert(0, str(ROOT))
+
+TINY = "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
+
+
+def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:
+    """`python name flags`, or torchrun with several ranks; one thread a rank."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    command = [*launcher, str(ROOT / name), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def read_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def tiny_model(kind: str, vocab_size: int = 50, **kwargs):
+    """A random causal language model with large weights (so that mistakes show), float32."""
+    import transformers
+
+    torch.manual_seed(0)
+    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1) | kwargs
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ids)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.3, **ids)
+        model = transformers.LlamaForCausalLM(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    import common
+
+    return common.load_tokenizer(str(common.EXAMPLE / "policy"))
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+    return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
