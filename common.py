@@ -409,12 +409,13 @@ class ResponseLogprobs(nn.Module):
         super().__init__()
         shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
         self.__dict__["whole"] = copy.deepcopy(model, shared).eval()  # past nn.Module: it is no submodule
-        self.model = model.train()
+        self.model = model.eval()
         ids, ones = torch.arange(4)[None], torch.ones(1, 2, dtype=torch.long)
         with torch.no_grad():
             direct = self.whole(ids).logits[0, 1:3].float().log_softmax(-1)[[0, 1], [2, 3]]
             if not torch.allclose(direct, self(ids[:, :2], ones, ids[:, 2:], 1.0)[0], atol=0.1):
                 fail(f"{type(model).__name__} changes its logits after the output embedding, which is not supported")
+        self.train()  # gradient checkpointing works in training mode only
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT, temperature: float) -> torch.Tensor:
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
