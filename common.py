@@ -448,8 +448,7 @@ def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, 
         module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=placement.micro_batch_size,
-        # With 1 here and several backwards per step ZeRO-1 and 2 would keep only the last one's gradients.
-        gradient_accumulation_steps=math.ceil(rows / placement.micro_batch_size),
+        gradient_accumulation_steps=math.ceil(rows / placement.micro_batch_size),  # backwards per step
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=placement.dtype == "bfloat16"),
         zero_optimization=zero,
@@ -459,13 +458,9 @@ def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, 
     # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     for state in optimizer.state.values():
         state["step"].zero_()  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
-    for name, buffer in buffers.items():
-        parent, _, leaf = name.rpartition(".")  # bfloat16 engines round the rotary frequencies too: undo it
-        setattr(module.get_submodule(parent), leaf, buffer.to(device))
     return engine
 
 
