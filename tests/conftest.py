@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
-TINY = "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
+TINY = (
+    "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
+)
 
 
 def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:

@@ -45,7 +45,9 @@ def with_plain_torch(model, updates=5):
     return norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def with_the_engine(model, zero_stage, micro_batch_size, dtype="float32", updates=5, poison=None, checkpointing=False, offload=False):
+def with_the_engine(
+    model, zero_stage, micro_batch_size, dtype="float32", updates=5, poison=None, checkpointing=False, offload=False
+):
     """-> (gradient norms, weights, which steps were skipped); in the update `poison` rank 0's loss is NaN."""
     rank, world_size, device = common.start_processes()
     rows = ROWS // world_size

@@ -33,12 +33,16 @@ def test_stages_and_micro_batches_equal_plain_torch(kind, zero_stage, micro_batc
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_offloading_changes_nothing(zero_stage):
-    assert_same(with_the_engine(tiny_model("llama"), zero_stage, 3, offload=True), with_plain_torch(tiny_model("llama")))
+    assert_same(
+        with_the_engine(tiny_model("llama"), zero_stage, 3, offload=True), with_plain_torch(tiny_model("llama"))
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_gradient_checkpointing_changes_nothing(zero_stage):
-    assert_same(with_the_engine(tiny_model("llama"), zero_stage, 3, checkpointing=True), with_plain_torch(tiny_model("llama")))
+    assert_same(
+        with_the_engine(tiny_model("llama"), zero_stage, 3, checkpointing=True), with_plain_torch(tiny_model("llama"))
+    )
 
 
 def test_two_ranks_equal_plain_torch(tmp_path):

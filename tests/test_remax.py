@@ -110,7 +110,15 @@ def test_resume_is_exact_and_needs_no_other_flag(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, number, status):
-    command = [sys.executable, str(ROOT / "remax.py"), *TINY, "--total-episodes", "8000", "--output-dir", str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        str(ROOT / "remax.py"),
+        *TINY,
+        "--total-episodes",
+        "8000",
+        "--output-dir",
+        str(tmp_path / "r"),
+    ]
     process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "r" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "r")) < 2:
         time.sleep(0.05)
@@ -178,11 +186,22 @@ def test_wrong_input_gets_one_clear_line_and_status_2(tmp_path, flags, wanted):
 
 def test_other_models_data_and_rewards(tmp_path, tokenizer):
     """A Llama policy, a reward model with a chat-less other tokenizer (the example's), csv prompts, a penalty, bfloat16."""
-    tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=[0, 5], pad_token_id=None).save_pretrained(tmp_path / "m")
+    tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=[0, 5], pad_token_id=None).save_pretrained(
+        tmp_path / "m"
+    )
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "p.csv").write_text('text,label\nThe plot,1\n"The music, the rest",2\n')
     flags = ["--model", tmp_path / "m", "--dataset", tmp_path / "p.csv", "--eval-dataset", tmp_path / "p.csv"]
-    flags += ["--prompt-column", "text", "--missing-eos-penalty", "100", "--dtype", "bfloat16", "--max-prompt-length", "8"]
+    flags += [
+        "--prompt-column",
+        "text",
+        "--missing-eos-penalty",
+        "100",
+        "--dtype",
+        "bfloat16",
+        "--max-prompt-length",
+        "8",
+    ]
     flags += ["--temperature", "0.7", "--gamma", "0.99", "--gradient-checkpointing", "--output-dir", tmp_path / "r"]
     assert_ok(run_script("remax.py", *TINY, *flags))
     rows = read_metrics(tmp_path / "r")
@@ -190,7 +209,9 @@ def test_other_models_data_and_rewards(tmp_path, tokenizer):
     assert abs(rows[1]["kl"]) < 1e-5  # policy and reference share temperature and dtype
 
 
-@pytest.mark.skipif(not (SHARED / "models" / "imdb-mini").is_dir(), reason="needs the development data beside the project")
+@pytest.mark.skipif(
+    not (SHARED / "models" / "imdb-mini").is_dir(), reason="needs the development data beside the project"
+)
 def test_real_prompts_with_a_real_small_model(tmp_path):
     flags = ["--model", SHARED / "models/imdb-mini", "--dataset", SHARED / "data/imdb_prompts.jsonl"]
     flags += ["--eval-dataset", SHARED / "data/imdb_preferences_8words.jsonl", "--output-dir", tmp_path / "r"]

@@ -22,7 +22,9 @@ def reward_file(tmp_path, code: str, penalty=0.0) -> common.Reward:
 
 def test_functions_get_prompts_responses_and_columns_row_by_row(tmp_path):
     code = "def reward(prompts, responses, label, **columns):\n    assert label == ['x', 'x', 'y'], label\n"
-    code += "    assert prompts == ['Well', 'Well', 'The plot'] and not columns\n    return [len(r) for r in responses]\n"
+    code += (
+        "    assert prompts == ['Well', 'Well', 'The plot'] and not columns\n    return [len(r) for r in responses]\n"
+    )
     reward = reward_file(tmp_path, code, penalty=0.5)
     found = reward(responses(["a", "bb", ""], [True, False, True], [0, 0, 1], dict(label=["x", "y"])))
     assert found.dtype == torch.float32 and found.tolist() == [1.0, 1.5, 0.0]  # the penalty is for a missing EOS
@@ -131,7 +133,9 @@ def test_dropout_is_off_in_every_module(tmp_path):
     import transformers
 
     config = dict(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0.5, resid_pdrop=0.5)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1)).save_pretrained(
+        tmp_path
+    )
     module = common.load_policy(str(tmp_path), CPU)
     ids, ones = torch.arange(6)[None], torch.ones(1, 3, dtype=torch.long)
     assert module.training

@@ -155,4 +155,6 @@ def test_the_decoding_view_shares_weights_but_not_checkpointing(model):
     model.activation_checkpointing_enable()
     assert all(a is b for a, b in zip(model.parameters(), module.whole.parameters(), strict=True))
     assert len(list(module.named_parameters())) == len(list(model.named_parameters()))
-    assert not module.whole.training and not any(getattr(m, "gradient_checkpointing", False) for m in module.whole.modules())
+    assert not module.whole.training and not any(
+        getattr(m, "gradient_checkpointing", False) for m in module.whole.modules()
+    )

@@ -32,13 +32,9 @@ WORK = "movie film picture comedy drama thriller western musical sequel document
 ASPECT = "acting plot music camera dialogue script ending pacing humor cast story score editing lighting".split()
 PERSON = "director actor actress hero villain writer narrator detective singer dancer teacher captain".split()
 PLACE = "castle desert harbor village forest hospital island kitchen library museum prison train".split()
-COMPANY = "my sister|my brother|two friends|my parents|the whole family|an old friend|my neighbor|a full house".split(
-    "|"
-)
+COMPANY = "my sister|my brother|two friends|my parents|the whole family|an old friend|my neighbor".split("|")
 TIME = "last night|on a rainy day|over the weekend|at a festival|on the plane|at home|after work|last summer".split("|")
-SCENE = "the first scene|the opening|the last hour|the long chase|the final song|the quiet middle|the big reveal".split(
-    "|"
-)
+SCENE = "the first scene|the opening|the last hour|the long chase|the final song|the big reveal".split("|")
 
 OPENINGS = (
     "The {aspect} in this {work}",
@@ -203,7 +199,7 @@ def make_reward_model(tokenizer: PreTrainedTokenizerFast, preferences: list[dict
 
     def scores(rows: list[dict]) -> torch.Tensor:
         ids = [
-            common.reward_model_ids(tokenizer, r["prompt"], r[side], None)
+            common.reward_model_ids(tokenizer, r["prompt"], r[side], 128)
             for side in ("chosen", "rejected")
             for r in rows
         ]
