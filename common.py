@@ -753,11 +753,11 @@ class Reward:
 
 
 def evaluate(
-    policy, reference, prompts: Prompts, size: int, batch_size: int, device, rollout, logprobs, rewards
+    policy, reference, prompts: Prompts, size: int, batch_size: int, device, rollout, logprobs, scorers
 ) -> list:
     """Greedy responses to the first `size` held-out prompts -> one dict each, the same list on every rank.
 
-    `rewards` is {column: Reward}. Prompts are dealt out to the ranks, a few of them twice where they do not divide
+    `scorers` is {column: Reward}. Prompts are dealt out to the ranks, a few of them twice where they do not divide
     evenly: ranks must take equal steps.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -768,7 +768,7 @@ def evaluate(
         responses = rollout(policy, prompts.batch(mine[batch], device), num_samples=0, greedy=True)
         log_ratios_BT = logprobs(policy, responses) - logprobs(reference, responses)
         columns = dict(prompt=responses.batch.texts, response=responses.texts)
-        columns |= {name: reward(responses).tolist() for name, reward in rewards.items()}
+        columns |= {name: scorer(responses).tolist() for name, scorer in scorers.items()}
         columns |= dict(kl=(log_ratios_BT * responses.mask_BT).sum(1).tolist())
         columns |= dict(response_length=responses.mask_BT.sum(1).tolist())
         rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

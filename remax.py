@@ -121,17 +121,18 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     rewards_B, baseline_rewards_B: rewards of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
-    logprobs_BT, ref_logprobs_BT, mask_BT = logprobs_BT.detach(), ref_logprobs_BT.detach(), mask_BT.to(logprobs_BT)
-    shaped_BT = -kl_coef * (logprobs_BT - ref_logprobs_BT) * mask_BT
+    rewards_B, baseline_rewards_B = rewards_B.detach(), baseline_rewards_B.detach().to(rewards_B)
+    log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
+    shaped_BT = -kl_coef * log_ratios_BT * mask_BT
     last_B = mask_BT.long().sum(1) - 1
-    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B.detach().to(logprobs_BT)
+    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B
     returns_BT = torch.zeros_like(shaped_BT)
-    return_B = torch.zeros_like(shaped_BT[:, 0])
+    return_B = torch.zeros_like(rewards_B)
     for t in reversed(range(shaped_BT.shape[1])):
         return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
         returns_BT[:, t] = return_B
     # The baseline is not discounted: γ^{T−t} would make it depend on the tokens sampled after t.
-    return (returns_BT - baseline_rewards_B.detach().to(logprobs_BT)[:, None]) * mask_BT  # ReMax, Algorithm 1
+    return (returns_BT - baseline_rewards_B[:, None]) * mask_BT  # ReMax, Algorithm 1
 
 
 def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
@@ -140,7 +141,7 @@ def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
     The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
     """
     # No ratio, no clip: these are the log-probabilities of the policy that sampled.
-    return -(advantages_BT.detach() * logprobs_BT * mask_BT).sum() / denominator
+    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT * logprobs_BT / denominator).sum()
 
 
 # ---------------------------------------------------------------- Training
@@ -162,9 +163,9 @@ def main() -> None:
     policy = common.train_engine(policy, placement, B, args.max_grad_norm, args.gradient_checkpointing)
     reference = common.freeze(common.load_policy(args.model, placement), placement)
     reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
-    rewards = dict(reward=reward)
+    scorers = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
+        scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
 
     # 2. Data, and the functions that rollout and evaluation share
     data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
@@ -178,7 +179,7 @@ def main() -> None:
         eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
         held_out = dict(reference=reference, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device)
         evaluate = functools.partial(
-            common.evaluate, rollout=rollout, logprobs=logprobs_of, rewards=rewards, **held_out
+            common.evaluate, rollout=rollout, logprobs=logprobs_of, scorers=scorers, **held_out
         )
 
     run = common.Run(args, __file__, num_updates)
@@ -234,7 +235,7 @@ def main() -> None:
             tokens_per_second=responses.mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
         )
         if args.gold_reward_function:
-            means["gold_reward"] = rewards["gold_reward"](sampled)
+            means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)

@@ -130,3 +130,11 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
     torch.testing.assert_close(whole, parts)
     for before, after in zip(copies, (rewards, baselines, logprobs, ref_logprobs, mask), strict=True):
         assert torch.equal(before, after)
+
+
+def test_types_follow_the_first_argument():
+    rewards, baselines, logprobs, ref_logprobs, mask = batch()
+    found = remax.advantages(rewards.double(), baselines, logprobs, ref_logprobs, mask, 0.1, 1.0)
+    assert found.dtype == torch.float64
+    loss = remax.policy_loss(logprobs, found, mask.bool(), torch.tensor(3.0, dtype=torch.float64))
+    assert loss.dtype == torch.float32 and loss.shape == ()

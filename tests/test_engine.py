@@ -14,7 +14,7 @@ STAGES = [0, 1, 2, 3]
 
 
 def assert_same(found, wanted, rtol=1e-5, atol=1e-5):
-    """atol is a hundredth of one step: Adam turns the rounding noise of gradients that are 0 (key biases) into steps."""
+    """atol is a hundredth of a step: Adam turns the rounding noise of gradients that are 0 (key biases) into steps."""
     assert found[0] == pytest.approx(wanted[0], rel=rtol)
     for name, weights in wanted[1].items():
         torch.testing.assert_close(found[1][name], weights, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

@@ -147,7 +147,7 @@ def test_two_ranks(tmp_path, zero_stage):
 
 
 def test_a_failure_on_one_rank_ends_all(tmp_path):
-    code = "import os\ndef reward(prompts, responses, **columns):\n    return [1 / int(os.environ['RANK'])] * len(prompts)\n"
+    code = "import os\ndef reward(prompts, responses, **columns):\n    return [1 / int(os.environ['RANK'])] * 16\n"
     (tmp_path / "f.py").write_text(code)
     flags = ("--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r")
     result = run_script("remax.py", *TINY, *flags, ranks=2)
@@ -185,7 +185,7 @@ def test_wrong_input_gets_one_clear_line_and_status_2(tmp_path, flags, wanted):
 
 
 def test_other_models_data_and_rewards(tmp_path, tokenizer):
-    """A Llama policy, a reward model with a chat-less other tokenizer (the example's), csv prompts, a penalty, bfloat16."""
+    """A Llama policy with two EOS ids, csv prompts, a penalty, bfloat16, a temperature, a discount."""
     tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=[0, 5], pad_token_id=None).save_pretrained(
         tmp_path / "m"
     )
