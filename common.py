@@ -165,6 +165,13 @@ def set_seed(*numbers: int) -> None:
     transformers.set_seed(int(torch.randint(2**32, (), generator=mixed)))
 
 
+def global_sum(x: torch.Tensor) -> torch.Tensor:
+    """-> scalar, the sum over all entries and ranks."""
+    total = x.sum()
+    dist.all_reduce(total)
+    return total
+
+
 def plan_updates(total_episodes: int, batch_size: int, world_size: int) -> tuple[int, int]:
     """-> (rows per rank and update, number of updates)."""
     if batch_size % world_size:
@@ -360,14 +367,14 @@ def load_tokenizer(path: str):
         fail(f"{path}: no tokenizer could be loaded: {_first_line(error)}")
 
 
-def load_model(path: str, auto_class, placement: Placement, **kwargs):
-    """A model of a local folder or a hub name, from safetensors only, without dropout."""
+def load_model(path: str, auto_class, placement: Placement, new_head: bool = False, **kwargs):
+    """A model of a local folder or a hub name, from safetensors only, without dropout; `new_head`: its head is new."""
     kwargs |= dict(dtype=getattr(torch, placement.dtype), attn_implementation=placement.attention)
     try:
         model, info = auto_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **kwargs)
     except Exception as error:
         fail(f"{path}: no model could be loaded: {_first_line(error)}")
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -563,7 +570,7 @@ def check_saved(policy, folder: Path, responses: "Responses", temperature: float
 
 @dataclasses.dataclass
 class Responses:
-    """Rows of a rollout; a slice of it is a Responses of those rows."""
+    """Rows of a rollout, of which a slice or a list of row numbers takes some."""
 
     batch: Batch
     prompt_index: list[int]  # which prompt of the batch a row answers
@@ -574,9 +581,10 @@ class Responses:
     mask_BT: torch.Tensor  # 1 up to and including the first EOS
     ended_B: torch.Tensor  # whether there is an EOS
 
-    def __getitem__(self, rows: slice) -> "Responses":
-        values = [getattr(self, field.name)[rows] for field in dataclasses.fields(self)[1:]]
-        return Responses(self.batch, *values)
+    def __getitem__(self, rows: slice | list[int]) -> "Responses":
+        numbers = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+        return Responses(self.batch, *(v[rows] if torch.is_tensor(v) else [v[i] for i in numbers] for v in values))
 
 
 @torch.no_grad()
@@ -645,13 +653,13 @@ def rollout(
 
 
 @torch.no_grad()
-def response_logprobs(module, responses: Responses, temperature: float, micro_batch_size: int) -> torch.Tensor:
-    """-> logprobs_BT without gradients, a micro-batch at a time."""
+def forward_rows(module, responses: Responses, micro_batch_size: int, **inputs) -> torch.Tensor:
+    """What a function of prompts and responses gives for each token -> (B, T), without gradients, by micro-batches."""
     parts = []
     with resident(module, responses.tokens_BT.device):
         for rows, _ in micro_batches(len(responses.texts), micro_batch_size):
             micro = responses[rows]
-            parts.append(module(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, temperature))
+            parts.append(module(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, **inputs))
     return torch.cat(parts)
 
 
@@ -673,6 +681,32 @@ class LastTokenScore(nn.Module):
         hidden_BLD = self.model.base_model(**inputs).last_hidden_state
         last_BD = hidden_BLD[torch.arange(len(ids_BL), device=ids_BL.device), mask_BL.sum(1) - 1]
         return self.model.score(last_BD).squeeze(-1).float()
+
+
+class ResponseValues(nn.Module):
+    """A sequence classification model as a value of each token of a response: its head where the token is predicted."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.mean = model.train(), getattr(model.config, "reward_mean", 0.0)
+
+    def forward(self, prompts_BP, prompt_mask_BP, responses_BT) -> torch.Tensor:
+        """-> values_BT, float32; entry t has seen the prompt and the tokens before t."""
+        ids_BL = torch.cat([prompts_BP, responses_BT], 1)
+        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)
+        inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
+        hidden_BLD = self.model.base_model(**inputs).last_hidden_state
+        return self.model.score(hidden_BLD[:, prompts_BP.shape[1] - 1 : -1]).squeeze(-1).float() - self.mean
+
+
+def load_value_model(reward_model: str | None, policy: str, placement: Placement) -> ResponseValues:
+    """Starts from the reward model if there is one with the policy's tokenizer, else from the policy with a zero head."""
+    classifier = transformers.AutoModelForSequenceClassification
+    if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
+        return ResponseValues(load_model(reward_model, classifier, placement, num_labels=1))
+    model = load_model(policy, classifier, placement, new_head=True, num_labels=1)
+    nn.init.zeros_(model.score.weight)
+    return ResponseValues(model)
 
 
 def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> list[int]:

@@ -172,8 +172,8 @@ def main() -> None:
     prompts = common.load_prompts(args.dataset, tokenizer=tokenizer, **data)
     sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
     rollout = functools.partial(common.rollout, **sampling)
-    scoring = dict(temperature=args.temperature, micro_batch_size=args.micro_batch_size)
-    logprobs_of = functools.partial(common.response_logprobs, **scoring)
+    by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
+    logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
     evaluating = args.eval_dataset is not None and args.eval_every > 0
     if evaluating:
         eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
@@ -214,7 +214,7 @@ def main() -> None:
             logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
             estimates = (rewards_B[rows], baseline_rewards_B[rows], logprobs_BT, ref_logprobs_BT[rows])
             advantages_BT = advantages(*estimates, micro.mask_BT, args.kl_coef, args.gamma)
-            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=args.batch_size)
+            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=B * world_size)
             common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
             losses.append(loss.detach())
             logprobs.append(logprobs_BT.detach())
@@ -232,7 +232,7 @@ def main() -> None:
             response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
             loss=torch.stack(losses).sum() * world_size,
-            tokens_per_second=responses.mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
+            tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
         )
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)

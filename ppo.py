@@ -1,0 +1,318 @@
+r"""PPO for language models: clipped importance ratios, a value model and generalized advantage estimation.
+
+To each prompt x the policy π gives one response y, sampled. Its tokens' advantages A_t come from the rewards and from a
+value model V; then the policy takes several steps on the same responses, each of which maximises
+
+    mean over tokens of  min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t),   ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)
+
+(Schulman et al. 2017, arXiv 1707.06347, eq. 7). A_t is GAE(γ, λ) of the rewards r(x, y), at the last token, less the KL
+penalty of each token (Schulman et al. 2016, arXiv 1506.02438, eq. 16), whitened over the tokens of the global batch.
+
+What PPO has and ReMax has not, and what it costs:
+- a value model, its optimizer, GAE: a second model to train and to keep in memory, with flags of its own;
+- importance ratios, clipping, old log-probabilities: the policy moves away from the one that has sampled;
+- epochs, minibatches, whitened advantages: several steps for one rollout, and more flags to tune.
+
+One CPU:     python ppo.py
+One GPU:     python ppo.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8
+Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+
+Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
+response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# ---------------------------------------------------------------- Flags
+
+
+@dataclass
+class Args:
+    # The run
+    seed: int = 1
+    """Seed of prompt order and sampling."""
+    output_dir: PathOrName | None = None
+    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    resume: PathOrName | None = None
+    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    save_every: NonNegativeInt = 0
+    """Updates between checkpoints for --resume; 0 for none."""
+
+    # Model and data
+    model: PathOrName = str(common.EXAMPLE / "policy")
+    """Causal language model to start from: a local folder or a hub name."""
+    dataset: PathOrName = str(common.EXAMPLE / "prompts.jsonl")
+    """Training prompts: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_split: str = "train"
+    """Split of the hub data sets; files have none."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompts, as texts or as chat messages."""
+    eval_dataset: PathOrName | None = str(common.EXAMPLE / "prompts_test.jsonl")
+    """Held-out prompts, in the same form; None for no evaluation."""
+    eval_every: NonNegativeInt = 25
+    """Updates between evaluations, which also come first and last; 0 for never."""
+    eval_size: PositiveInt = 64
+    """Held-out prompts per evaluation."""
+    max_prompt_length: PositiveInt = 64
+    """Prompt tokens; longer prompts lose their beginning."""
+    response_length: PositiveInt = 48
+    """Most tokens of a response."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+
+    # Reward
+    reward_model: PathOrName = str(common.EXAMPLE / "reward_model")
+    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    reward_function: PathOrName | None = None
+    """Python function file.py:name that scores texts in place of the reward model."""
+    gold_reward_function: PathOrName | None = None
+    """Python function file.py:name that is logged and never trained on."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Reward units taken from a response that does not end."""
+
+    # Optimization
+    total_episodes: PositiveInt = 6400
+    """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
+    batch_size: PositiveInt = 64
+    """Prompts per update over all ranks; the rollout decodes a rank's share of them at once."""
+    micro_batch_size: PositiveInt = 32
+    """Rows per forward and backward on one rank; changes memory, not results."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_ratio: Fraction = 0.05
+    """Share of the updates in which the learning rate rises from 0."""
+    max_grad_norm: PositiveFloat = 50.0
+    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight of the KL penalty against the initial policy, in reward units per nat."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; master weights are float32 in both."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    offload: bool = False
+    """Keep optimizer state and frozen models in CPU memory between uses."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward, to save memory."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+    # PPO
+    num_epochs: PositiveInt = 4
+    """Passes over each rollout."""
+    num_minibatches: PositiveInt = 1
+    """Optimizer steps per pass; the rows of a rank are dealt out to them."""
+    clip_range: PositiveFloat = 0.2
+    """How far an importance ratio may leave 1 before it stops to count."""
+    clip_range_value: PositiveFloat = 0.2
+    """How far a value may move from that at rollout time before it stops to count, in reward units."""
+    gae_lambda: Fraction = 0.95
+    """Decay of generalized advantage estimation per token; 1 trusts the rewards, 0 the value model."""
+    value_learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the value model."""
+
+
+# ---------------------------------------------------------------- The algorithm
+
+
+def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma, gae_lambda):
+    """Generalized advantage estimates, not whitened -> (advantages_BT, returns_BT), detached, 0 where masked.
+
+    rewards_B: rewards of the sampled responses. values_BT: what the value model expects before token t. logprobs_BT,
+    ref_logprobs_BT: log π_old and log π_ref, in nats. kl_coef: reward units per nat. gamma: discount per token.
+    """
+    rewards_B = rewards_B.detach()
+    log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
+    shaped_BT = -kl_coef * log_ratios_BT * mask_BT
+    last_B = mask_BT.long().sum(1) - 1
+    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B
+    values_BT = values_BT.detach().to(rewards_B) * mask_BT  # so that nothing is expected after the last token
+    advantages_BT = torch.zeros_like(shaped_BT)
+    advantage_B = next_value_B = torch.zeros_like(rewards_B)
+    for t in reversed(range(shaped_BT.shape[1])):
+        delta_B = shaped_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B = delta_B + gamma * gae_lambda * advantage_B  # A_t = Σ_{s≥t} (γλ)^{s−t} δ_s
+        advantages_BT[:, t], next_value_B = advantage_B, values_BT[:, t]
+    return advantages_BT * mask_BT, (advantages_BT + values_BT) * mask_BT
+
+
+def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range, denominator):
+    """−Σ min(ρ A, clip(ρ) A) / denominator -> scalar, differentiable in logprobs_BT.
+
+    The denominator is the number of real tokens of the global minibatch.
+    """
+    advantages_BT = advantages_BT.detach().to(logprobs_BT)
+    ratios_BT = ((logprobs_BT - old_logprobs_BT.detach()) * mask_BT).exp()
+    clipped_BT = ratios_BT.clamp(1 - clip_range, 1 + clip_range)
+    objective_BT = torch.min(ratios_BT * advantages_BT, clipped_BT * advantages_BT)  # arXiv 1707.06347, eq. 7
+    return -(objective_BT.to(logprobs_BT) * mask_BT / denominator).sum()
+
+
+def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, denominator):
+    """Σ ½ max((V − R)², (clip(V) − R)²) / denominator -> scalar, differentiable in values_BT."""
+    old_values_BT, returns_BT = old_values_BT.detach().to(values_BT), returns_BT.detach().to(values_BT)
+    clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range_value, clip_range_value)
+    errors_BT = torch.max((values_BT - returns_BT) ** 2, (clipped_BT - returns_BT) ** 2)
+    return (0.5 * errors_BT * mask_BT / denominator).sum()
+
+
+def whiten(advantages_BT, mask_BT):
+    """Mean 0 and standard deviation 1 over all real tokens of the global batch -> advantages_BT, 0 where masked."""
+    mean = common.global_means(advantages_BT.device, mean=(advantages_BT, mask_BT))["mean"]
+    centred_BT = (advantages_BT - mean) * mask_BT
+    variance = common.global_means(advantages_BT.device, variance=(centred_BT**2, mask_BT))["variance"]
+    return centred_BT / (variance**0.5 + 1e-8)
+
+
+# ---------------------------------------------------------------- Training
+
+
+def main() -> None:
+    args = common.parse_args(Args)
+    rank, world_size, device = common.start_processes()
+    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, world_size)  # B rows on this rank
+    placement = common.Placement(
+        device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
+    )
+
+    if B % args.num_minibatches:
+        common.fail(f"--num-minibatches {args.num_minibatches} does not divide the {B} rows of a rank")
+    minibatch_size = B // args.num_minibatches
+
+    # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
+    tokenizer = common.load_tokenizer(args.model)
+    policy = common.load_policy(args.model, placement)
+    eos_ids = common.eos_ids(policy.model, tokenizer)
+    common.check_length(policy.model, args.max_prompt_length, args.response_length)
+    policy = common.train_engine(policy, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
+    value = common.load_value_model(None if args.reward_function else args.reward_model, args.model, placement)
+    common.check_length(value.model, args.max_prompt_length, args.response_length)
+    value = common.train_engine(value, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
+    reference = common.freeze(common.load_policy(args.model, placement), placement)
+    reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
+    scorers = dict(reward=reward)
+    if args.gold_reward_function:
+        scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
+
+    # 2. Data, and the functions that rollout and evaluation share
+    data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
+    prompts = common.load_prompts(args.dataset, tokenizer=tokenizer, **data)
+    sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
+    rollout = functools.partial(common.rollout, **sampling)
+    by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
+    logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
+    values_of = functools.partial(by_micro_batch, value)
+    evaluating = args.eval_dataset is not None and args.eval_every > 0
+    if evaluating:
+        eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
+        held_out = dict(reference=reference, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device)
+        evaluate = functools.partial(
+            common.evaluate, rollout=rollout, logprobs=logprobs_of, scorers=scorers, **held_out
+        )
+
+    run = common.Run(args, __file__, num_updates)
+    first_update = run.load_checkpoint(policy, value)
+    if evaluating:
+        initial_rows = evaluate(reference)
+        if first_update == 1:
+            rows = evaluate(policy)
+            run.log(0, dict(episodes=0) | common.evaluation_metrics(rows, initial_rows))
+            run.log_samples(0, rows)
+
+    for update in range(first_update, num_updates + 1):
+        common.set_seed(args.seed, update, rank)
+        clock = common.Clock()
+
+        # 3. Rollout: to each prompt a sampled response of the policy as it is now
+        start = (update - 1) * args.batch_size
+        indices = common.shuffled_indices(len(prompts.texts), args.seed, start, args.batch_size)[rank::world_size]
+        sampled = rollout(policy, prompts.batch(indices, device), num_samples=1, greedy=False)
+        seconds_rollout = clock.lap()
+
+        # 4. Score
+        rewards_B = reward(sampled)
+        seconds_score = clock.lap()
+
+        # 5. Update: several steps, all measured against the policy and the values at rollout time
+        ref_logprobs_BT = logprobs_of(reference, sampled)
+        old_logprobs_BT, old_values_BT, mask_BT = logprobs_of(policy, sampled), values_of(sampled), sampled.mask_BT
+        estimates = (rewards_B, old_values_BT, old_logprobs_BT, ref_logprobs_BT)
+        advantages_BT, returns_BT = advantages(*estimates, mask_BT, args.kl_coef, args.gamma, args.gae_lambda)
+        advantages_BT = whiten(advantages_BT, mask_BT)
+        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
+        losses, value_losses, log_ratios, grad_norms, skipped = [], [], [], [], 0
+        for _ in range(args.num_epochs):
+            for minibatch in torch.randperm(B).split(minibatch_size):
+                denominator = common.global_sum(mask_BT[minibatch])  # real tokens, on all ranks
+                for part, last in common.micro_batches(minibatch_size, args.micro_batch_size):
+                    rows = minibatch[part].tolist()
+                    micro = sampled[rows]
+                    logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
+                    ratio_inputs = (logprobs_BT, old_logprobs_BT[rows], advantages_BT[rows])
+                    loss = policy_loss(*ratio_inputs, micro.mask_BT, args.clip_range, denominator)
+                    common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
+                    values_BT = value(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT)
+                    value_inputs = (values_BT, old_values_BT[rows], returns_BT[rows])
+                    loss_of_value = value_loss(*value_inputs, micro.mask_BT, args.clip_range_value, denominator)
+                    common.backward(value, loss_of_value * world_size, last)
+                    losses.append(loss.detach())
+                    value_losses.append(loss_of_value.detach())
+                    log_ratios.append((logprobs_BT.detach() - old_logprobs_BT[rows])[micro.mask_BT == 1])
+                grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+                value_rate = learning_rate / args.learning_rate * args.value_learning_rate  # the same schedule
+                _, value_skipped = common.optimizer_step(value, value_rate)
+                grad_norms.append(grad_norm)
+                skipped += policy_skipped + value_skipped
+        seconds_train = clock.lap()
+
+        # 6. Log, evaluate, checkpoint
+        log_ratios_N = torch.cat(log_ratios)
+        means = dict(
+            reward=rewards_B,
+            kl=((old_logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
+            entropy=(-old_logprobs_BT, mask_BT),
+            response_length=mask_BT.sum(1),
+            truncated_fraction=~sampled.ended_B,
+            loss=torch.stack(losses).sum() * world_size / len(grad_norms),
+            value_loss=torch.stack(value_losses).sum() * world_size / len(grad_norms),
+            clip_fraction=((log_ratios_N.exp() - 1).abs() > args.clip_range).float(),
+            approx_kl=log_ratios_N.exp() - 1 - log_ratios_N,
+            tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
+        )
+        if args.gold_reward_function:
+            means["gold_reward"] = scorers["gold_reward"](sampled)
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
+        metrics |= dict(
+            grad_norm=sum(grad_norms) / len(grad_norms), learning_rate=learning_rate, skipped_updates=int(skipped)
+        )
+        metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
+        if evaluating and (update % args.eval_every == 0 or update == num_updates):
+            rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(rows, initial_rows)
+            run.log_samples(update, rows)
+        run.log(update, metrics)
+        if args.save_every and update % args.save_every == 0:
+            run.save_checkpoint(update, policy, value)
+        run.stop_if_asked(update, device, policy, value)
+
+    # 7. Save, and check that what was saved is what was trained
+    common.save_model(policy, tokenizer, run.folder / "policy", device)
+    probe = rollout(policy, prompts.batch([0], device), num_samples=0, greedy=True)
+    common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
+    run.finish("policy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+r"""REINFORCE for language models: each response's reward, with no baseline or with that of its siblings.
+
+To each prompt x the policy π gives N responses y_1 … y_N, all sampled (N = 1 by default):
+
+    gradient  =  mean over responses of  Σ_t (R_t − b_i) ∇ log π(y_t | x, y_<t)
+
+R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline b_i
+is 0; with --baseline leave-one-out it is the mean reward of the other N − 1 responses to the same prompt (RLOO, Kool et
+al. 2019, Ahmadian et al. 2024), which does not depend on the tokens of y_i, so that the gradient stays unbiased.
+
+What PPO has and this script has not, and why it may be left out here:
+- a value model, its optimizer, GAE: text generation is deterministic and its reward comes once, at the end, so one more
+  response of the same policy tells what to expect, with no second model to train and to keep in memory;
+- importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that is
+  differentiated is the one that has sampled;
+- epochs, minibatches, whitened advantages: likewise one step, on the rewards as they are.
+
+One CPU:     python reinforce.py
+One GPU:     python reinforce.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8
+Eight GPUs:  deepspeed reinforce.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
+                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+
+Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
+response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# ---------------------------------------------------------------- Flags
+
+
+@dataclass
+class Args:
+    # The run
+    seed: int = 1
+    """Seed of prompt order and sampling."""
+    output_dir: PathOrName | None = None
+    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    resume: PathOrName | None = None
+    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    save_every: NonNegativeInt = 0
+    """Updates between checkpoints for --resume; 0 for none."""
+
+    # Model and data
+    model: PathOrName = str(common.EXAMPLE / "policy")
+    """Causal language model to start from: a local folder or a hub name."""
+    dataset: PathOrName = str(common.EXAMPLE / "prompts.jsonl")
+    """Training prompts: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_split: str = "train"
+    """Split of the hub data sets; files have none."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompts, as texts or as chat messages."""
+    eval_dataset: PathOrName | None = str(common.EXAMPLE / "prompts_test.jsonl")
+    """Held-out prompts, in the same form; None for no evaluation."""
+    eval_every: NonNegativeInt = 25
+    """Updates between evaluations, which also come first and last; 0 for never."""
+    eval_size: PositiveInt = 64
+    """Held-out prompts per evaluation."""
+    max_prompt_length: PositiveInt = 64
+    """Prompt tokens; longer prompts lose their beginning."""
+    response_length: PositiveInt = 48
+    """Most tokens of a response."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+
+    # Reward
+    reward_model: PathOrName = str(common.EXAMPLE / "reward_model")
+    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    reward_function: PathOrName | None = None
+    """Python function file.py:name that scores texts in place of the reward model."""
+    gold_reward_function: PathOrName | None = None
+    """Python function file.py:name that is logged and never trained on."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Reward units taken from a response that does not end."""
+
+    # Optimization
+    total_episodes: PositiveInt = 6400
+    """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
+    batch_size: PositiveInt = 64
+    """Prompts per update over all ranks; the rollout decodes a rank's share of them at once."""
+    micro_batch_size: PositiveInt = 32
+    """Rows per forward and backward on one rank; changes memory, not results."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_ratio: Fraction = 0.05
+    """Share of the updates in which the learning rate rises from 0."""
+    max_grad_norm: PositiveFloat = 50.0
+    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight of the KL penalty against the initial policy, in reward units per nat."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; master weights are float32 in both."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    offload: bool = False
+    """Keep optimizer state and frozen models in CPU memory between uses."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward, to save memory."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+    # REINFORCE
+    baseline: Literal["none", "leave-one-out"] = "none"
+    """What is subtracted from a response's reward: nothing, or the mean reward of the prompt's other responses."""
+    num_samples: PositiveInt = 1
+    """Sampled responses per prompt; the rows of an update are --batch-size times this."""
+
+
+# ---------------------------------------------------------------- The algorithm
+
+
+def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma):
+    """Each token's return -> advantages_BT, detached, 0 where masked.
+
+    rewards_B: rewards of the sampled responses, less their baselines if there are any. logprobs_BT, ref_logprobs_BT:
+    log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
+    """
+    rewards_B = rewards_B.detach()
+    log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
+    shaped_BT = -kl_coef * log_ratios_BT * mask_BT
+    last_B = mask_BT.long().sum(1) - 1
+    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B
+    returns_BT = torch.zeros_like(shaped_BT)
+    return_B = torch.zeros_like(rewards_B)
+    for t in reversed(range(shaped_BT.shape[1])):
+        return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
+        returns_BT[:, t] = return_B
+    return returns_BT * mask_BT
+
+
+def leave_one_out(rewards_B, num_samples):
+    """The mean reward of the other responses to the same prompt -> baseline_rewards_B. A prompt's rows are adjacent."""
+    rewards_PN = rewards_B.view(-1, num_samples)
+    return ((rewards_PN.sum(1, keepdim=True) - rewards_PN) / (num_samples - 1)).view(-1)
+
+
+def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
+    """−Σ advantage · log π / denominator -> scalar, differentiable in logprobs_BT.
+
+    The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
+    """
+    # No ratio, no clip: these are the log-probabilities of the policy that sampled.
+    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT * logprobs_BT / denominator).sum()
+
+
+# ---------------------------------------------------------------- Training
+
+
+def main() -> None:
+    args = common.parse_args(Args)
+    rank, world_size, device = common.start_processes()
+    if args.baseline == "leave-one-out" and args.num_samples == 1:
+        common.fail("--baseline leave-one-out needs --num-samples 2 or more: it compares a prompt's responses")
+    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, world_size)
+    B *= args.num_samples  # B rows on this rank
+    placement = common.Placement(
+        device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
+    )
+
+    # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
+    tokenizer = common.load_tokenizer(args.model)
+    policy = common.load_policy(args.model, placement)
+    eos_ids = common.eos_ids(policy.model, tokenizer)
+    common.check_length(policy.model, args.max_prompt_length, args.response_length)
+    policy = common.train_engine(policy, placement, B, args.max_grad_norm, args.gradient_checkpointing)
+    reference = common.freeze(common.load_policy(args.model, placement), placement)
+    reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
+    scorers = dict(reward=reward)
+    if args.gold_reward_function:
+        scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
+
+    # 2. Data, and the functions that rollout and evaluation share
+    data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
+    prompts = common.load_prompts(args.dataset, tokenizer=tokenizer, **data)
+    sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
+    rollout = functools.partial(common.rollout, **sampling)
+    by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
+    logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
+    evaluating = args.eval_dataset is not None and args.eval_every > 0
+    if evaluating:
+        eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
+        held_out = dict(reference=reference, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device)
+        evaluate = functools.partial(
+            common.evaluate, rollout=rollout, logprobs=logprobs_of, scorers=scorers, **held_out
+        )
+
+    run = common.Run(args, __file__, num_updates)
+    first_update = run.load_checkpoint(policy)
+    if evaluating:
+        initial_rows = evaluate(reference)
+        if first_update == 1:
+            rows = evaluate(policy)
+            run.log(0, dict(episodes=0) | common.evaluation_metrics(rows, initial_rows))
+            run.log_samples(0, rows)
+
+    for update in range(first_update, num_updates + 1):
+        common.set_seed(args.seed, update, rank)
+        clock = common.Clock()
+
+        # 3. Rollout: to each prompt the sampled responses of the policy as it is now
+        start = (update - 1) * args.batch_size
+        indices = common.shuffled_indices(len(prompts.texts), args.seed, start, args.batch_size)[rank::world_size]
+        sampled = rollout(policy, prompts.batch(indices, device), num_samples=args.num_samples, greedy=False)
+        seconds_rollout = clock.lap()
+
+        # 4. Score
+        rewards_B, baseline_rewards_B = reward(sampled), torch.zeros(B, device=device)
+        if args.baseline == "leave-one-out":
+            baseline_rewards_B = leave_one_out(rewards_B, args.num_samples)
+        seconds_score = clock.lap()
+
+        # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
+        ref_logprobs_BT = logprobs_of(reference, sampled)
+        losses, logprobs = [], []
+        for rows, last in common.micro_batches(B, args.micro_batch_size):
+            micro = sampled[rows]
+            logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
+            estimates = ((rewards_B - baseline_rewards_B)[rows], logprobs_BT, ref_logprobs_BT[rows])
+            advantages_BT = advantages(*estimates, micro.mask_BT, args.kl_coef, args.gamma)
+            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=B * world_size)
+            common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
+            losses.append(loss.detach())
+            logprobs.append(logprobs_BT.detach())
+        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
+        grad_norm, skipped = common.optimizer_step(policy, learning_rate)
+        seconds_train = clock.lap()
+
+        # 6. Log, evaluate, checkpoint
+        logprobs_BT, mask_BT = torch.cat(logprobs), sampled.mask_BT
+        means = dict(
+            reward=rewards_B,
+            baseline_reward=baseline_rewards_B,
+            kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
+            entropy=(-logprobs_BT, mask_BT),
+            response_length=mask_BT.sum(1),
+            truncated_fraction=~sampled.ended_B,
+            loss=torch.stack(losses).sum() * world_size,
+            tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
+        )
+        if args.gold_reward_function:
+            means["gold_reward"] = scorers["gold_reward"](sampled)
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
+        if evaluating and (update % args.eval_every == 0 or update == num_updates):
+            rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(rows, initial_rows)
+            run.log_samples(update, rows)
+        run.log(update, metrics)
+        if args.save_every and update % args.save_every == 0:
+            run.save_checkpoint(update, policy)
+        run.stop_if_asked(update, device, policy)
+
+    # 7. Save, and check that what was saved is what was trained
+    common.save_model(policy, tokenizer, run.folder / "policy", device)
+    probe = rollout(policy, prompts.batch([0], device), num_samples=0, greedy=True)
+    common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
+    run.finish("policy")
+
+
+if __name__ == "__main__":
+    main()
