@@ -172,13 +172,18 @@ def global_sum(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def exact_division(total: int, parts: int, parts_name: str, total_name: str) -> int:
+    if total % parts:
+        fail(f"{parts_name}, {parts}, does not divide {total_name}, {total}")
+    return total // parts
+
+
 def plan_updates(total_episodes: int, batch_size: int, world_size: int) -> tuple[int, int]:
     """-> (rows per rank and update, number of updates)."""
-    if batch_size % world_size:
-        fail(f"--batch-size {batch_size} is not a multiple of the number of ranks, {world_size}")
+    rows = exact_division(batch_size, world_size, "the number of ranks", "--batch-size")
     if total_episodes < batch_size:
         fail(f"--total-episodes {total_episodes} is less than one update of --batch-size {batch_size}")
-    return batch_size // world_size, total_episodes // batch_size
+    return rows, total_episodes // batch_size
 
 
 def gather_rows(rows: list) -> list:
@@ -700,7 +705,7 @@ class ResponseValues(nn.Module):
 
 
 def load_value_model(reward_model: str | None, policy: str, placement: Placement) -> ResponseValues:
-    """Starts from the reward model if there is one with the policy's tokenizer, else from the policy with a zero head."""
+    """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
     classifier = transformers.AutoModelForSequenceClassification
     if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
         return ResponseValues(load_model(reward_model, classifier, placement, num_labels=1))

@@ -186,10 +186,7 @@ def main() -> None:
     placement = common.Placement(
         device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
     )
-
-    if B % args.num_minibatches:
-        common.fail(f"--num-minibatches {args.num_minibatches} does not divide the {B} rows of a rank")
-    minibatch_size = B // args.num_minibatches
+    minibatch_size = common.exact_division(B, args.num_minibatches, "--num-minibatches", "the rows of a rank")
 
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
@@ -275,6 +272,7 @@ def main() -> None:
                 _, value_skipped = common.optimizer_step(value, value_rate)
                 grad_norms.append(grad_norm)
                 skipped += policy_skipped + value_skipped
+        grad_norm = sum(grad_norms) / len(grad_norms)
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
@@ -294,9 +292,7 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(
-            grad_norm=sum(grad_norms) / len(grad_norms), learning_rate=learning_rate, skipped_updates=int(skipped)
-        )
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if evaluating and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
