@@ -280,56 +280,74 @@ def read_text(row: dict, column: str, where: str, tokenizer) -> str:
     return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
 
 
+def read_response(row: dict, column: str, where: str) -> str:
+    """The text of a response; of chat messages the last one's content."""
+    value = row.get(column)
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    if not isinstance(value, str):
+        kind = "missing" if column not in row else "null" if value is None else f"a {type(value).__name__}"
+        fail(f"{where}: {column!r} is {kind}; wanted is a text or a list of {{role, content}} messages")
+    return value
+
+
 @dataclasses.dataclass
-class Batch:
-    """Prompts of one rank: the data set's texts and other columns, and left-padded tokens."""
+class Prompt:
+    """A prompt as rewards see it, whole; as the policy sees it, cut; and the other columns of its row."""
 
-    texts: list[str]
-    columns: dict[str, list]
-    prompts_BP: torch.Tensor
-    prompt_mask_BP: torch.Tensor
-
-
-@dataclasses.dataclass
-class Prompts:
-    """A data set of prompts, in memory."""
-
-    texts: list[str]
-    ids: list[list[int]]
-    columns: dict[str, list]
-
-    def batch(self, indices: list[int], device: torch.device) -> Batch:
-        ids = [self.ids[i] for i in indices]
-        width = max(map(len, ids))
-        # The mask alone tells padding from text: any id will do for it, and an EOS id inside a prompt is just a token.
-        prompts_BP = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
-        prompt_mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
-        return Batch([self.texts[i] for i in indices], columns, prompts_BP, prompt_mask_BP)
+    text: str
+    ids: list[int]
+    columns: dict[str, Any]
 
 
-def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> Prompts:
+def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> list[Prompt]:
     """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
-    texts, all_ids, kept, dropped, cut = [], [], [], 0, 0
+    prompts, dropped, cut = [], 0, 0
     for where, row in load_rows(path, split):
         text = read_text(row, column, where, tokenizer)
         is_chat = text is not row[column]  # a chat template writes its own BOS
         ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
-        if not text.strip() or not ids:
+        if text.strip() and ids:
+            cut += len(ids) > max_length
+            ids = cut_left(ids, max_length, tokenizer.bos_token_id)
+            prompts.append(Prompt(text, ids, {name: row[name] for name in row if name != column}))
+        else:
             dropped += 1
-            continue
-        cut += len(ids) > max_length
-        texts.append(text)
-        all_ids.append(cut_left(ids, max_length, tokenizer.bos_token_id))
-        kept.append(row)
-    if not texts:
+    if not prompts:
         fail(f"{path}: every prompt is empty")
-    notes = [
-        f"{n:,} {what}" for n, what in ((dropped, "empty ones dropped"), (cut, f"cut to {max_length} tokens")) if n
-    ]
-    print(f"{len(texts):,} prompts from {_short(path)}" + (f" ({', '.join(notes)})" if notes else ""))
-    names = dict.fromkeys(name for row in kept for name in row if name != column)
-    return Prompts(texts, all_ids, {name: [row.get(name) for row in kept] for name in names})
+    report(path, f"{len(prompts):,} prompts", {"empty, dropped": dropped, f"cut to {max_length} tokens": cut})
+    return prompts
+
+
+def report(path: str, what: str, counts: dict[str, int]) -> None:
+    notes = [f"{count:,} {name}" for name, count in counts.items() if count]
+    print(f"{what} from {_short(path)}" + (f" ({', '.join(notes)})" if notes else ""))
+
+
+def train_and_held_out(load: Callable[[str], list], dataset: str, eval_dataset: str | None, size: int) -> tuple:
+    """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
+    rows = load(dataset)
+    if eval_dataset and size:
+        return rows, load(eval_dataset)[:size]
+    if size and len(rows) < 2:
+        fail(f"{dataset}: one row cannot be both trained on and held out: give --eval-dataset or --eval-every 0")
+    order = shuffled_indices(len(rows), 0, 0, len(rows))
+    size = min(size, len(rows) // 2)
+    return [rows[i] for i in order[size:]], [rows[i] for i in order[:size]]
+
+
+def left_pad(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (ids_BP, mask_BP). The mask alone tells padding from text: an EOS id inside a prompt is just a token."""
+    width = max(map(len, ids))
+    mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    return torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device), mask_BP
+
+
+def right_pad(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (ids_BL, mask_BL)."""
+    width = max(map(len, ids))
+    mask_BL = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+    return torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device), mask_BL
 
 
 def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
@@ -410,6 +428,12 @@ def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
     return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def _view(model):
+    """A copy of the modules that shares every parameter, buffer and the config."""
+    shared = itertools.chain(model.parameters(), model.buffers(), [model.config])
+    return copy.deepcopy(model, {id(thing): thing for thing in shared})
+
+
 class ResponseLogprobs(nn.Module):
     """A causal language model as the function that is trained: log-probabilities of response tokens.
 
@@ -419,8 +443,7 @@ class ResponseLogprobs(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-        self.__dict__["whole"] = copy.deepcopy(model, shared).eval()  # past nn.Module: it is no submodule
+        self.__dict__["whole"] = _view(model).eval()  # past nn.Module: it is no submodule
         self.model = model.eval()
         ids, ones = torch.arange(4)[None], torch.ones(1, 2, dtype=torch.long)
         with torch.no_grad():
@@ -577,8 +600,7 @@ def check_saved(policy, folder: Path, responses: "Responses", temperature: float
 class Responses:
     """Rows of a rollout, of which a slice or a list of row numbers takes some."""
 
-    batch: Batch
-    prompt_index: list[int]  # which prompt of the batch a row answers
+    prompts: list[Prompt]
     texts: list[str]  # without special tokens
     prompts_BP: torch.Tensor
     prompt_mask_BP: torch.Tensor
@@ -588,8 +610,8 @@ class Responses:
 
     def __getitem__(self, rows: slice | list[int]) -> "Responses":
         numbers = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
-        return Responses(self.batch, *(v[rows] if torch.is_tensor(v) else [v[i] for i in numbers] for v in values))
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return Responses(*(v[rows] if torch.is_tensor(v) else [v[i] for i in numbers] for v in values))
 
 
 @torch.no_grad()
@@ -641,20 +663,20 @@ def response_mask(tokens_BT: torch.Tensor, eos_ids: list[int]) -> tuple[torch.Te
 
 
 def rollout(
-    policy, batch: Batch, tokenizer, eos_ids: list[int], num_samples: int, greedy: bool, **settings
+    policy, prompts: list[Prompt], device, tokenizer, eos_ids: list[int], num_samples: int, greedy: bool, **settings
 ) -> Responses:
     """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then the greedy ones."""
-    B, device = len(batch.texts), batch.prompts_BP.device
+    prompts_BP, prompt_mask_BP = left_pad([prompt.ids for prompt in prompts], device)
     settings |= dict(num_samples=num_samples, greedy=greedy, eos_ids=eos_ids)
     with whole_model(policy, device) as model:
-        tokens_RT = generate(model, batch.prompts_BP, batch.prompt_mask_BP, **settings)
+        tokens_RT = generate(model, prompts_BP, prompt_mask_BP, **settings)
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
-    rows = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
+    B = len(prompts)
+    index_R = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
     real = [ids[:n] for ids, n in zip(tokens_RT.tolist(), mask_RT.sum(1).tolist(), strict=True)]
     texts = tokenizer.batch_decode(real, skip_special_tokens=True)
-    return Responses(
-        batch, rows, texts, batch.prompts_BP[rows], batch.prompt_mask_BP[rows], tokens_RT, mask_RT, ended_R
-    )
+    row_prompts = [prompts[i] for i in index_R]
+    return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], tokens_RT, mask_RT, ended_R)
 
 
 @torch.no_grad()
@@ -678,7 +700,8 @@ class LastTokenScore(nn.Module):
         super().__init__()
         if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
             fail(f"{type(model).__name__} has no linear head `score` with one output, so it is no reward model")
-        self.model = model
+        self.__dict__["whole"] = _view(model).eval()
+        self.model = model.train()
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """-> scores_B, float32. The mask finds the last real token: transformers' own rule misses it if pad = EOS."""
@@ -704,12 +727,22 @@ class ResponseValues(nn.Module):
         return self.model.score(hidden_BLD[:, prompts_BP.shape[1] - 1 : -1]).squeeze(-1).float() - self.mean
 
 
+def load_classifier(path: str, placement: Placement):
+    """A language model with a new scalar head, which the caller sets."""
+    tokenizer = load_tokenizer(path)
+    classifier = transformers.AutoModelForSequenceClassification
+    model = load_model(path, classifier, placement, new_head=True, num_labels=1)
+    pad = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad  # else transformers takes no batches
+    return model
+
+
 def load_value_model(reward_model: str | None, policy: str, placement: Placement) -> ResponseValues:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
     classifier = transformers.AutoModelForSequenceClassification
     if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
         return ResponseValues(load_model(reward_model, classifier, placement, num_labels=1))
-    model = load_model(policy, classifier, placement, new_head=True, num_labels=1)
+    model = load_classifier(policy, placement)
     nn.init.zeros_(model.score.weight)
     return ResponseValues(model)
 
@@ -719,13 +752,6 @@ def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> 
     ids = tokenizer(prompt + response)["input_ids"]
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     return cut_left(ids, max_length, tokenizer.bos_token_id)
-
-
-def pad_right(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (ids_BL, mask_BL)."""
-    width = max(map(len, ids))
-    mask_BL = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
-    return torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device), mask_BL
 
 
 def reward_model_function(path: str, placement: Placement) -> Callable[..., list[float]]:
@@ -743,7 +769,7 @@ def reward_model_function(path: str, placement: Placement) -> Callable[..., list
         ids = [reward_model_ids(tokenizer, *pair, max_length) for pair in zip(prompts, responses, strict=True)]
         with resident(scorer, placement.device):
             slices = [rows for rows, _ in micro_batches(len(ids), placement.micro_batch_size)]
-            return (torch.cat([scorer(*pad_right(ids[rows], placement.device)) for rows in slices]) - mean).tolist()
+            return (torch.cat([scorer(*right_pad(ids[rows], placement.device)) for rows in slices]) - mean).tolist()
 
     return reward
 
@@ -773,8 +799,9 @@ class Reward:
 
     def __call__(self, responses: Responses) -> torch.Tensor:
         """-> rewards_B, float32."""
-        prompts = [responses.batch.texts[i] for i in responses.prompt_index]
-        columns = {name: [v[i] for i in responses.prompt_index] for name, v in responses.batch.columns.items()}
+        prompts = [prompt.text for prompt in responses.prompts]
+        names = dict.fromkeys(name for prompt in responses.prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in responses.prompts] for name in names}
         try:
             scores = [float(score) for score in self.function(prompts, list(responses.texts), **columns)]
         except Exception as error:
@@ -791,22 +818,18 @@ class Reward:
 # ---------------------------------------------------------------- 7. Evaluation
 
 
-def evaluate(
-    policy, reference, prompts: Prompts, size: int, batch_size: int, device, rollout, logprobs, scorers
-) -> list:
-    """Greedy responses to the first `size` held-out prompts -> one dict each, the same list on every rank.
+def evaluate(policy, reference, prompts: list[Prompt], batch_size: int, rollout, logprobs, scorers) -> list[dict]:
+    """Greedy responses to held-out prompts -> one dict each, the same list on every rank. `scorers`: {column: Reward}.
 
-    `scorers` is {column: Reward}. Prompts are dealt out to the ranks, a few of them twice where they do not divide
-    evenly: ranks must take equal steps.
+    Prompts are dealt out to the ranks, a few of them twice where they do not divide evenly: ranks take equal steps.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    size = min(size, len(prompts.texts))
-    mine = [i % size for i in range(rank, math.ceil(size / world_size) * world_size, world_size)]
+    rank, world_size, size = dist.get_rank(), dist.get_world_size(), len(prompts)
+    mine = [prompts[i % size] for i in range(rank, math.ceil(size / world_size) * world_size, world_size)]
     rows = []
     for batch, _ in micro_batches(len(mine), batch_size):
-        responses = rollout(policy, prompts.batch(mine[batch], device), num_samples=0, greedy=True)
+        responses = rollout(policy, mine[batch], num_samples=0, greedy=True)
         log_ratios_BT = logprobs(policy, responses) - logprobs(reference, responses)
-        columns = dict(prompt=responses.batch.texts, response=responses.texts)
+        columns = dict(prompt=[prompt.text for prompt in responses.prompts], response=responses.texts)
         columns |= {name: scorer(responses).tolist() for name, scorer in scorers.items()}
         columns |= dict(kl=(log_ratios_BT * responses.mask_BT).sum(1).tolist())
         columns |= dict(response_length=responses.mask_BT.sum(1).tolist())
@@ -900,18 +923,19 @@ class Run:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, update)
         if update:
-            self.bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "kl")}, refresh=False)
+            shown = {name: f"{metrics[name]:.2f}" for name in ("reward", "kl", "accuracy") if name in metrics}
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
 
-    def log_samples(self, update: int, rows: list[dict], show: int = 3) -> None:
-        """All rows of an evaluation to samples.jsonl, a few to the console."""
+    def log_samples(self, update: int, rows: list[dict], what: str = "greedy responses to held-out prompts") -> None:
+        """All rows of an evaluation to samples.jsonl, three to the console."""
         if not self.main:
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(update=update) | row, ensure_ascii=False) + "\n" for row in rows)
         mean = sum(row["reward"] for row in rows) / len(rows)
-        self.say(f"\nAfter {update} updates: mean reward {mean:.2f} of greedy responses to held-out prompts, such as")
-        for row in rows[:show]:
+        self.say(f"\nAfter {update} updates: mean reward {mean:.2f} of {what}, such as")
+        for row in rows[:3]:
             self.say(f"  [{row['reward']:6.2f}] {row['prompt'][-120:]} ▸{row['response'][:400]}")
 
     def save_checkpoint(self, update: int, *engines) -> None:
@@ -950,9 +974,9 @@ class Run:
             return
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         first, last = rows[0], rows[-1]
-        for name, what in (("eval_reward", "Reward"), ("eval_gold_reward", "Gold reward")):
-            if name in first and name in last:
-                self.say(f"{what + ':':13}{first[name]:.2f} → {last[name]:.2f} (greedy responses to held-out prompts)")
+        for name, what in (("reward", "Reward"), ("gold_reward", "Gold reward"), ("accuracy", "Accuracy")):
+            if (name := f"eval_{name}") in first and name in last:
+                self.say(f"{what + ':':13}{first[name]:.2f} → {last[name]:.2f} on held-out data")
         if "eval_win_rate" in last:
             self.say(
                 f"Win rate:    {last['eval_win_rate']:.0%} against the initial policy, at a KL of {last['kl']:.1f} nats"

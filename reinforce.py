@@ -53,17 +53,17 @@ class Args:
     model: PathOrName = str(common.EXAMPLE / "policy")
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = str(common.EXAMPLE / "prompts.jsonl")
-    """Training prompts: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
     """Column that holds the prompts, as texts or as chat messages."""
     eval_dataset: PathOrName | None = str(common.EXAMPLE / "prompts_test.jsonl")
-    """Held-out prompts, in the same form; None for no evaluation."""
+    """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
     """Updates between evaluations, which also come first and last; 0 for never."""
     eval_size: PositiveInt = 64
-    """Held-out prompts per evaluation."""
+    """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
     """Prompt tokens; longer prompts lose their beginning."""
     response_length: PositiveInt = 48
@@ -181,24 +181,21 @@ def main() -> None:
     if args.gold_reward_function:
         scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
 
-    # 2. Data, and the functions that rollout and evaluation share
+    # 2. Data, and the functions that training and evaluation share
     data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
-    prompts = common.load_prompts(args.dataset, tokenizer=tokenizer, **data)
+    load_prompts = functools.partial(common.load_prompts, tokenizer=tokenizer, **data)
+    held_out = (args.eval_dataset, args.eval_size if args.eval_every else 0)
+    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, *held_out)
     sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
-    rollout = functools.partial(common.rollout, **sampling)
+    rollout = functools.partial(common.rollout, device=device, **sampling)
     by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
     logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
-    evaluating = args.eval_dataset is not None and args.eval_every > 0
-    if evaluating:
-        eval_prompts = common.load_prompts(args.eval_dataset, tokenizer=tokenizer, **data)
-        held_out = dict(reference=reference, prompts=eval_prompts, size=args.eval_size, batch_size=B, device=device)
-        evaluate = functools.partial(
-            common.evaluate, rollout=rollout, logprobs=logprobs_of, scorers=scorers, **held_out
-        )
+    evaluation = dict(prompts=eval_prompts, batch_size=B, rollout=rollout, logprobs=logprobs_of, scorers=scorers)
+    evaluate = functools.partial(common.evaluate, reference=reference, **evaluation)
 
     run = common.Run(args, __file__, num_updates)
     first_update = run.load_checkpoint(policy)
-    if evaluating:
+    if eval_prompts:
         initial_rows = evaluate(reference)
         if first_update == 1:
             rows = evaluate(policy)
@@ -211,8 +208,9 @@ def main() -> None:
 
         # 3. Rollout: to each prompt the sampled responses of the policy as it is now
         start = (update - 1) * args.batch_size
-        indices = common.shuffled_indices(len(prompts.texts), args.seed, start, args.batch_size)[rank::world_size]
-        sampled = rollout(policy, prompts.batch(indices, device), num_samples=args.num_samples, greedy=False)
+        indices = common.shuffled_indices(len(prompts), args.seed, start, args.batch_size)
+        batch = [prompts[i] for i in indices[rank::world_size]]
+        sampled = rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         seconds_rollout = clock.lap()
 
         # 4. Score
@@ -254,7 +252,7 @@ def main() -> None:
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
-        if evaluating and (update % args.eval_every == 0 or update == num_updates):
+        if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)
             run.log_samples(update, rows)
@@ -265,7 +263,7 @@ def main() -> None:
 
     # 7. Save, and check that what was saved is what was trained
     common.save_model(policy, tokenizer, run.folder / "policy", device)
-    probe = rollout(policy, prompts.batch([0], device), num_samples=0, greedy=True)
+    probe = rollout(policy, prompts[:1], num_samples=0, greedy=True)
     common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
     run.finish("policy")
 

@@ -60,10 +60,9 @@ def main() -> None:
         baselines, rewards = [], []
         for batch in range(args.batches):
             common.set_seed(0, batch)
-            indices = common.shuffled_indices(len(prompts.texts), 0, batch * args.batch_size, args.batch_size)
-            both = common.rollout(
-                policy, prompts.batch(indices, device), tokenizer, num_samples=1, greedy=True, **sampling
-            )
+            indices = common.shuffled_indices(len(prompts), 0, batch * args.batch_size, args.batch_size)
+            batch_prompts = [prompts[i] for i in indices]
+            both = common.rollout(policy, batch_prompts, device, tokenizer, num_samples=1, greedy=True, **sampling)
             rewards_B, baseline_rewards_B = reward(both).chunk(2)
             sampled = both[: args.batch_size]
             inputs = (sampled.prompts_BP, sampled.prompt_mask_BP, sampled.tokens_BT, 1.0)

@@ -89,9 +89,9 @@ def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path
     long = "The acting in this film was a joy and the rest was a mess"
     path = write(tmp_path / "a.jsonl", *(json.dumps(dict(prompt=p)) for p in ("", long, " \n", "The plot")))
     prompts = common.load_prompts(path, "train", "prompt", tokenizer, 5)
-    assert prompts.texts == [long, "The plot"]  # rewards see the whole text
-    assert prompts.ids[0] == tokenizer(long)["input_ids"][-5:]
-    assert "2 prompts" in (out := capsys.readouterr().out) and "2 empty ones dropped, 1 cut to 5 tokens" in out
+    assert [p.text for p in prompts] == [long, "The plot"]  # rewards see the whole text
+    assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
+    assert "2 prompts" in (out := capsys.readouterr().out) and "2 empty, dropped, 1 cut to 5 tokens" in out
     path = write(tmp_path / "b.jsonl", '{"prompt": ""}')
     assert "every prompt is empty" in refused(capsys, common.load_prompts, path, "train", "prompt", tokenizer, 5)
 
@@ -108,15 +108,25 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path, to
     tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
     path = write(tmp_path / "a.jsonl", json.dumps(dict(prompt=[dict(role="user", content="Hi")])))
     prompts = common.load_prompts(path, "train", "prompt", tokenizer, 64)
-    assert prompts.texts == ["<|endoftext|>user: Hi\nbot:"]
-    assert prompts.ids[0].count(tokenizer.eos_token_id) == 1
+    assert prompts[0].text == "<|endoftext|>user: Hi\nbot:"
+    assert prompts[0].ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_batches_are_left_padded_and_columns_follow_their_rows(tokenizer):
-    prompts = common.Prompts(["a", "b", "c"], [[5], [6, 7], [8]], dict(label=["x", "y", "z"]))
-    batch = prompts.batch([2, 1], "cpu")
-    assert batch.texts == ["c", "b"] and batch.columns == dict(label=["z", "y"])
-    assert batch.prompts_BP[:, 1].tolist() == [8, 7] and batch.prompt_mask_BP.tolist() == [[0, 1], [1, 1]]
+def test_padding():
+    ids, mask = common.left_pad([[8], [6, 7]], "cpu")
+    assert ids[:, 1].tolist() == [8, 7] and mask.tolist() == [[0, 1], [1, 1]]
+    ids, mask = common.right_pad([[8], [6, 7]], "cpu")
+    assert ids[:, 0].tolist() == [8, 6] and mask.tolist() == [[1, 0], [1, 1]]
+
+
+def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
+    files = dict(a=list(range(10)), b=[10, 11, 12], one=[0])
+    assert common.train_and_held_out(files.get, "a", "b", 2) == (files["a"], [10, 11])
+    train, held_out = common.train_and_held_out(files.get, "a", None, 3)
+    assert len(held_out) == 3 and sorted(train + held_out) == files["a"]
+    assert len(common.train_and_held_out(files.get, "a", None, 64)[1]) == 5
+    assert sorted(common.train_and_held_out(files.get, "a", "b", 0)[0]) == files["a"]
+    assert "one row" in refused(capsys, common.train_and_held_out, files.get, "one", None, 3)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
@@ -151,4 +161,4 @@ def test_the_broken_files_of_the_development_data(capsys, tokenizer):
             assert f"{path}" in line and BAD_PROMPT_FILES[path.name] in line
         elif "label" not in path.name and path.name != "one_class.jsonl":  # those have no prompts
             prompts = common.load_prompts(str(path), "train", "prompt", tokenizer, 32)
-            assert prompts.ids and max(map(len, prompts.ids)) <= 32
+            assert prompts and max(len(p.ids) for p in prompts) <= 32

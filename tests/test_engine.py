@@ -123,7 +123,7 @@ def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage
         torch.testing.assert_close(common.ResponseLogprobs(saved).eval()(prompts, prompt_mask, tokens, 1.0), trained)
 
     # The script's own check passes, and fails for other weights.
-    responses = common.Responses(None, [0] * ROWS, [""] * ROWS, prompts, prompt_mask, tokens, mask, mask.any(1))
+    responses = common.Responses([None] * ROWS, [""] * ROWS, prompts, prompt_mask, tokens, mask, mask.any(1))
     common.check_saved(engine, tmp_path / "policy", responses, 1.0, placement)
     tiny_model(kind, vocab_size=len(tokenizer)).to(getattr(torch, dtype)).save_pretrained(tmp_path / "policy")
     with pytest.raises(SystemExit) as error:

@@ -9,10 +9,11 @@ import common
 CPU = common.Placement(torch.device("cpu"), "float32", "sdpa", 0, False, 2)
 
 
-def responses(texts, ended=None, index=None, columns=None) -> common.Responses:
-    batch = common.Batch(["Well", "The plot"], columns or {}, None, None)
-    ended = torch.tensor([True] * len(texts) if ended is None else ended)
-    return common.Responses(batch, index or [i % 2 for i in range(len(texts))], texts, None, None, None, None, ended)
+def responses(texts, ended=None, prompts=("Well", "The plot"), columns=None) -> common.Responses:
+    rows = [common.Prompt(prompts[i % len(prompts)], [], {}) for i in range(len(texts))]
+    for i, row in enumerate(rows):
+        row.columns = {name: values[i] for name, values in (columns or {}).items()}
+    return common.Responses(rows, texts, None, None, None, None, torch.tensor(ended or [True] * len(texts)))
 
 
 def reward_file(tmp_path, code: str, penalty=0.0) -> common.Reward:
@@ -26,7 +27,9 @@ def test_functions_get_prompts_responses_and_columns_row_by_row(tmp_path):
         "    assert prompts == ['Well', 'Well', 'The plot'] and not columns\n    return [len(r) for r in responses]\n"
     )
     reward = reward_file(tmp_path, code, penalty=0.5)
-    found = reward(responses(["a", "bb", ""], [True, False, True], [0, 0, 1], dict(label=["x", "y"])))
+    found = reward(
+        responses(["a", "bb", ""], [True, False, True], ("Well", "Well", "The plot"), dict(label=["x", "x", "y"]))
+    )
     assert found.dtype == torch.float32 and found.tolist() == [1.0, 1.5, 0.0]  # the penalty is for a missing EOS
 
 
@@ -73,7 +76,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     config = transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1, pad_token_id=pad, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
-    found = common.LastTokenScore(model)(*common.pad_right(rows, torch.device("cpu")))
+    found = common.LastTokenScore(model)(*common.right_pad(rows, torch.device("cpu")))
     for score, row in zip(found, rows, strict=True):
         hidden = model.transformer(torch.tensor([row])).last_hidden_state
         torch.testing.assert_close(score, model.score(hidden[0, -1])[0])

@@ -174,12 +174,10 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, demonstrations: list[dict]) 
 
     def loss_of(rows: list[dict]) -> torch.Tensor:
         encode = lambda texts: [tokenizer(text)["input_ids"] for text in texts]  # noqa: E731
-        prompts = common.Prompts([r["prompt"] for r in rows], encode(r["prompt"] for r in rows), {}).batch(
-            range(len(rows)), "cpu"
-        )
+        prompts_BP, prompt_mask_BP = common.left_pad(encode(r["prompt"] for r in rows), torch.device("cpu"))
         responses = [ids + [tokenizer.eos_token_id] for ids in encode(r["completion"] for r in rows)]
-        tokens_BT, mask_BT = common.pad_right(responses, torch.device("cpu"))
-        logprobs_BT = module(prompts.prompts_BP, prompts.prompt_mask_BP, tokens_BT, 1.0)
+        tokens_BT, mask_BT = common.right_pad(responses, torch.device("cpu"))
+        logprobs_BT = module(prompts_BP, prompt_mask_BP, tokens_BT, 1.0)
         return -(logprobs_BT * mask_BT).sum() / mask_BT.sum()
 
     train(module, loss_of, demonstrations, epochs=8, batch_size=48, learning_rate=3e-3)
@@ -203,7 +201,7 @@ def make_reward_model(tokenizer: PreTrainedTokenizerFast, preferences: list[dict
             for side in ("chosen", "rejected")
             for r in rows
         ]
-        return module(*common.pad_right(ids, torch.device("cpu")))
+        return module(*common.right_pad(ids, torch.device("cpu")))
 
     def loss_of(rows: list[dict]) -> torch.Tensor:
         chosen_B, rejected_B = scores(rows).chunk(2)
