@@ -23,7 +23,8 @@ def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT, **kwargs) -> subproc
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of this process, not of the script's
+    environment = {k: v for k, v in os.environ.items() if k not in group}
     environment |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     command = [*launcher, str(ROOT / name), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)

@@ -1,11 +1,15 @@
-"""The estimator of remax.py against exact enumeration of a tiny language and a slow reference."""
+"""The pure functions of remax.py, reinforce.py and ppo.py against exact enumeration and slow references."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
+import ppo
+import reinforce
 import remax
+import reward_model
 
 VOCABULARY, LENGTH, EOS = 3, 3, 0
 
@@ -138,3 +142,136 @@ def test_types_follow_the_first_argument():
     assert found.dtype == torch.float64
     loss = remax.policy_loss(logprobs, found, mask.bool(), torch.tensor(3.0, dtype=torch.float64))
     assert loss.dtype == torch.float32 and loss.shape == ()
+
+
+# ---------------------------------------------------------------- reinforce.py
+
+
+def test_reinforce_is_remax_without_a_baseline():
+    rewards, _, logprobs, ref_logprobs, mask = batch()
+    for kl_coef, gamma in ((0.0, 1.0), (0.2, 0.9)):
+        rest = (logprobs, ref_logprobs, mask, kl_coef, gamma)
+        zeros = torch.zeros_like(rewards)
+        assert torch.equal(reinforce.advantages(rewards, *rest), remax.advantages(rewards, zeros, *rest))
+    found = reinforce.advantages(rewards, logprobs, ref_logprobs, mask, 0.2, 0.9)
+    loss = reinforce.policy_loss(logprobs, found, mask, 5)
+    assert torch.equal(loss, remax.policy_loss(logprobs, found, mask, 5))
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    assert reinforce.leave_one_out(rewards, 3).tolist() == [4.0, 3.5, 1.5, 1.5, 1.5, 0.0]
+    assert reinforce.leave_one_out(rewards, 2).tolist() == [2.0, 1.0, 0.0, 6.0, 3.0, 0.0]
+
+
+# ---------------------------------------------------------------- ppo.py
+
+
+@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
+def test_gae_matches_a_slow_reference(gamma, gae_lambda):
+    rewards, _, logprobs, ref_logprobs, mask = batch()
+    values = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(9))
+    kl_coef = 0.2
+    wanted = torch.zeros_like(logprobs)
+    for i in range(len(rewards)):
+        n = int(mask[i].sum())
+        value = [values[i, t] if t < n else 0.0 for t in range(n + 1)]
+        for t in range(n):
+            for s in range(t, n):
+                shaped = -kl_coef * (logprobs[i, s] - ref_logprobs[i, s]) + (rewards[i] if s == n - 1 else 0)
+                wanted[i, t] += (gamma * gae_lambda) ** (s - t) * (shaped + gamma * value[s + 1] - value[s])
+    found, returns = ppo.advantages(rewards, values, logprobs, ref_logprobs, mask, kl_coef, gamma, gae_lambda)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(returns, (wanted + values) * mask)
+
+
+def test_gae_with_lambda_one_and_no_values_is_reinforce():
+    rewards, _, logprobs, ref_logprobs, mask = batch()
+    zeros = torch.zeros_like(logprobs)
+    found, returns = ppo.advantages(rewards, zeros, logprobs, ref_logprobs, mask, 0.2, 0.9, 1.0)
+    wanted = reinforce.advantages(rewards, logprobs, ref_logprobs, mask, 0.2, 0.9)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(returns, wanted)
+
+
+def test_gae_with_exact_values_has_the_gradient_of_the_objective():
+    """Any λ is unbiased where V is the true value: by enumeration."""
+    policy, reference, kl_coef = Language(0), Language(1), 0.3
+    generator = torch.Generator().manual_seed(2)
+    rewards = {s: torch.randn((), generator=generator, dtype=torch.float64) for s in sentences()}
+
+    def expected_return(context):
+        total = 0.0
+        for s in sentences():
+            if s[: len(context)] == context:
+                tail = (policy.logprobs(s) - reference.logprobs(s)).detach()[len(context) :]
+                total += policy.logprobs(s).detach()[len(context) :].sum().exp() * (rewards[s] - kl_coef * tail.sum())
+        return total
+
+    objective, surrogate = 0.0, 0.0
+    for s in sentences():
+        logprobs, ref_logprobs = policy.logprobs(s), reference.logprobs(s).detach()
+        probability = logprobs.sum().exp()
+        objective = objective + probability * (rewards[s] - kl_coef * (logprobs - ref_logprobs).sum())
+        values = torch.stack([expected_return(s[:t]) for t in range(len(s))])
+        mask_BT = padded(torch.ones(len(s)), 0)
+        inputs = (padded(values, 7.0), padded(logprobs.detach(), -5.0), padded(ref_logprobs, 9.0), mask_BT)
+        advantages_BT, _ = ppo.advantages(rewards[s][None], *inputs, kl_coef, 1.0, 0.4)
+        logprobs_BT = padded(logprobs, -5.0)
+        loss = ppo.policy_loss(logprobs_BT, logprobs_BT.detach(), advantages_BT, mask_BT, 0.2, 1)
+        surrogate = surrogate + probability.detach() * loss
+    (wanted,) = torch.autograd.grad(objective, policy.logits, retain_graph=True)
+    (found,) = torch.autograd.grad(surrogate, policy.logits)
+    torch.testing.assert_close(-found, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_ppo_losses_match_slow_references_and_stop_where_clipped():
+    _, _, logprobs, old_logprobs, mask = batch()
+    generator = torch.Generator().manual_seed(5)
+    advantages, values, old_values, returns = torch.randn(4, *mask.shape, generator=generator)
+    logprobs = (old_logprobs + 0.5 * logprobs).requires_grad_()
+    policy, value, free = 0.0, 0.0, torch.zeros_like(mask, dtype=torch.bool)
+    for i, t in mask.nonzero().tolist():
+        ratio, a = (logprobs[i, t] - old_logprobs[i, t]).exp().item(), advantages[i, t].item()
+        policy -= min(ratio * a, min(max(ratio, 0.8), 1.2) * a) / 3
+        free[i, t] = not (a > 0 and ratio > 1.2 or a < 0 and ratio < 0.8)
+        v, old, r = values[i, t].item(), old_values[i, t].item(), returns[i, t].item()
+        value += 0.5 * max((v - r) ** 2, (old + min(max(v - old, -0.2), 0.2) - r) ** 2) / 3
+    loss = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, 0.2, 3)
+    assert loss.item() == pytest.approx(policy, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert torch.equal(gradient != 0, free) and 0 < free.sum() < mask.sum()
+    assert ppo.value_loss(values, old_values, returns, mask, 0.2, 3).item() == pytest.approx(value, rel=1e-5)
+
+
+def test_at_ratio_one_the_gradient_of_ppo_is_that_of_remax_s_loss():
+    rewards, baselines, logprobs, ref_logprobs, mask = batch()
+    advantages = remax.advantages(rewards, baselines, logprobs, ref_logprobs, mask, 0.1, 1.0)
+    logprobs.requires_grad_()
+    one = torch.autograd.grad(ppo.policy_loss(logprobs, logprobs, advantages, mask, 0.2, 5), logprobs)
+    other = torch.autograd.grad(remax.policy_loss(logprobs, advantages, mask, 5), logprobs)
+    torch.testing.assert_close(one, other)
+
+
+def test_whitening_counts_real_tokens_only():
+    import common
+
+    common.start_processes()
+    _, _, values, _, mask = batch(B=4, T=6)
+    white = ppo.whiten(values, mask)
+    real = white[mask == 1]
+    assert real.mean().item() == pytest.approx(0, abs=1e-6) and real.std(correction=0).item() == pytest.approx(
+        1, abs=1e-5
+    )
+    assert (white[mask == 0] == 0).all()
+    assert (ppo.whiten(torch.ones(4, 6), mask) == 0).all()  # no spread: no NaN
+
+
+# ---------------------------------------------------------------- reward_model.py
+
+
+def test_preference_loss_is_the_negative_log_likelihood_of_bradley_terry():
+    chosen, rejected = torch.tensor([1.0, -2.0, 80.0, -80.0]), torch.tensor([0.5, 3.0, -80.0, 80.0])
+    found = reward_model.preference_loss(chosen, rejected)
+    wanted = [math.log1p(math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert found.item() == pytest.approx(sum(wanted) / 4, rel=1e-6)

@@ -10,9 +10,12 @@ import tyro
 from conftest import ROOT
 
 import common
+import ppo
+import reinforce
 import remax
+import reward_model
 
-SCRIPTS = {"remax.py": remax}
+SCRIPTS = {"remax.py": remax, "reinforce.py": reinforce, "ppo.py": ppo, "reward_model.py": reward_model}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

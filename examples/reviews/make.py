@@ -12,13 +12,15 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
@@ -110,7 +112,7 @@ def write(name: str, rows: list[dict]) -> None:
     (HERE / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_data() -> tuple[list[dict], list[dict]]:
+def make_data() -> list[dict]:
     rng = random.Random(0)
     openings = list(dict.fromkeys(fill(rng, rng.choice(OPENINGS), "good") for _ in range(2500)))
     train, test = openings[:1200], openings[1200:1400]
@@ -125,7 +127,7 @@ def make_data() -> tuple[list[dict], list[dict]]:
         prefers_a = rng.random() < 1 / (1 + math.exp(-6 * (sentiment(a) - sentiment(b))))
         preferences.append(dict(prompt=p, chosen=a if prefers_a else b, rejected=b if prefers_a else a))
     write("preferences.jsonl", preferences)
-    return demonstrations, preferences
+    return demonstrations
 
 
 # ---------------------------------------------------------------- The models
@@ -185,41 +187,21 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, demonstrations: list[dict]) 
     tokenizer.save_pretrained(HERE / "policy")
 
 
-def make_reward_model(tokenizer: PreTrainedTokenizerFast, preferences: list[dict]) -> None:
-    """Bradley-Terry: the chosen response should score higher. The mean score of held-out chosen responses
-    becomes zero.
-    """
+def make_reward_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    """reward_model.py, starting from a language model that is smaller than the policy and has learned nothing yet."""
     torch.manual_seed(0)
-    model = GPT2ForSequenceClassification(config(tokenizer, width=64, layers=2, num_labels=1))
-    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.n_embd + 1))
-    module = common.LastTokenScore(model)
-    held_out, rows = preferences[:200], preferences[200:]
-
-    def scores(rows: list[dict]) -> torch.Tensor:
-        ids = [
-            common.reward_model_ids(tokenizer, r["prompt"], r[side], 128)
-            for side in ("chosen", "rejected")
-            for r in rows
-        ]
-        return module(*common.right_pad(ids, torch.device("cpu")))
-
-    def loss_of(rows: list[dict]) -> torch.Tensor:
-        chosen_B, rejected_B = scores(rows).chunk(2)
-        return -F.logsigmoid(chosen_B - rejected_B).mean()
-
-    train(module, loss_of, rows, epochs=4, batch_size=32, learning_rate=1e-3)
-    with torch.no_grad():
-        chosen_B, rejected_B = scores(held_out).chunk(2)
-    truth = [sentiment(r["chosen"]) > sentiment(r["rejected"]) for r in held_out]
-    accuracy = (chosen_B > rejected_B).float().mean().item()
-    print(f"reward model: held-out accuracy {accuracy:.3f}; the truth itself would reach {sum(truth) / len(truth):.3f}")
-    model.config.reward_mean = chosen_B.mean().item()
-    model.save_pretrained(HERE / "reward_model")
-    tokenizer.save_pretrained(HERE / "reward_model")
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(config(tokenizer, width=64, layers=2)).save_pretrained(f"{folder}/start")
+        tokenizer.save_pretrained(f"{folder}/start")
+        flags = ["--model", f"{folder}/start", "--dataset", str(HERE / "preferences.jsonl"), "--num-epochs", "4"]
+        script = str(HERE.parent.parent / "reward_model.py")
+        subprocess.run([sys.executable, script, *flags, "--output-dir", f"{folder}/run"], check=True)
+        shutil.rmtree(HERE / "reward_model", ignore_errors=True)
+        shutil.move(f"{folder}/run/reward_model", HERE / "reward_model")
 
 
 if __name__ == "__main__":
-    demonstrations, preferences = make_data()
+    demonstrations = make_data()
     tokenizer = make_tokenizer([r["prompt"] + r["completion"] for r in demonstrations])
     make_policy(tokenizer, demonstrations)
-    make_reward_model(tokenizer, preferences)
+    make_reward_model(tokenizer)
