@@ -305,8 +305,8 @@ def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int)
     prompts, dropped, cut = [], 0, 0
     for where, row in load_rows(path, split):
         text = read_text(row, column, where, tokenizer)
-        is_chat = text is not row[column]  # a chat template writes its own BOS
-        ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+        is_chat = text is not row[column]  # a chat template writes its own special tokens
+        ids = encode(tokenizer, text, add_special_tokens=not is_chat)
         if text.strip() and ids:
             cut += len(ids) > max_length
             ids = cut_left(ids, max_length, tokenizer.bos_token_id)
@@ -348,6 +348,12 @@ def right_pad(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor,
     width = max(map(len, ids))
     mask_BL = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
     return torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device), mask_BL
+
+
+def encode(tokenizer, text: str, **kwargs) -> list[int]:
+    """The ids of a text, with one BOS at the most: a text that a template has written may begin with its own."""
+    ids = tokenizer(text, **kwargs)["input_ids"]
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
 def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
@@ -428,6 +434,19 @@ def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
     return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def hidden_states(model, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """-> hidden_BLD, what the model's heads read."""
+    inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
+    return model.base_model(**inputs).last_hidden_state
+
+
+def response_hidden_states(model, prompts_BP, prompt_mask_BP, responses_BT) -> torch.Tensor:
+    """-> hidden_BTD; entry t has seen the prompt and the tokens before t, so it is where token t is predicted."""
+    ids_BL = torch.cat([prompts_BP, responses_BT], 1)
+    mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # what follows EOS is masked by the loss
+    return hidden_states(model, ids_BL, mask_BL)[:, prompts_BP.shape[1] - 1 : -1]
+
+
 def _view(model):
     """A copy of the modules that shares every parameter, buffer and the config."""
     shared = itertools.chain(model.parameters(), model.buffers(), [model.config])
@@ -446,19 +465,18 @@ class ResponseLogprobs(nn.Module):
         self.__dict__["whole"] = _view(model).eval()  # past nn.Module: it is no submodule
         self.model = model.eval()
         ids, ones = torch.arange(4)[None], torch.ones(1, 2, dtype=torch.long)
+        attention = model.config._attn_implementation
+        model.set_attn_implementation("eager")  # for the check: flash attention does not run on a CPU
         with torch.no_grad():
             direct = self.whole(ids).logits[0, 1:3].float().log_softmax(-1)[[0, 1], [2, 3]]
             if not torch.allclose(direct, self(ids[:, :2], ones, ids[:, 2:], 1.0)[0], atol=0.1):
                 fail(f"{type(model).__name__} changes its logits after the output embedding, which is not supported")
+        model.set_attn_implementation(attention)
         self.train()  # gradient checkpointing works in training mode only
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT, temperature: float) -> torch.Tensor:
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
-        ids_BL = torch.cat([prompts_BP, responses_BT], 1)
-        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # the loss masks what follows EOS
-        inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
-        hidden_BLD = self.model.base_model(**inputs).last_hidden_state
-        hidden_ND = hidden_BLD[:, prompts_BP.shape[1] - 1 : -1].flatten(0, 1)  # only what predicts a response token
+        hidden_ND = response_hidden_states(self.model, prompts_BP, prompt_mask_BP, responses_BT).flatten(0, 1)
         head = self.model.get_output_embeddings()
 
         def logprobs(hidden_ND, tokens_N):
@@ -705,8 +723,7 @@ class LastTokenScore(nn.Module):
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """-> scores_B, float32. The mask finds the last real token: transformers' own rule misses it if pad = EOS."""
-        inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
-        hidden_BLD = self.model.base_model(**inputs).last_hidden_state
+        hidden_BLD = hidden_states(self.model, ids_BL, mask_BL)
         last_BD = hidden_BLD[torch.arange(len(ids_BL), device=ids_BL.device), mask_BL.sum(1) - 1]
         return self.model.score(last_BD).squeeze(-1).float()
 
@@ -719,12 +736,9 @@ class ResponseValues(nn.Module):
         self.model, self.mean = model.train(), getattr(model.config, "reward_mean", 0.0)
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT) -> torch.Tensor:
-        """-> values_BT, float32; entry t has seen the prompt and the tokens before t."""
-        ids_BL = torch.cat([prompts_BP, responses_BT], 1)
-        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)
-        inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
-        hidden_BLD = self.model.base_model(**inputs).last_hidden_state
-        return self.model.score(hidden_BLD[:, prompts_BP.shape[1] - 1 : -1]).squeeze(-1).float() - self.mean
+        """-> values_BT, float32."""
+        hidden_BTD = response_hidden_states(self.model, prompts_BP, prompt_mask_BP, responses_BT)
+        return self.model.score(hidden_BTD).squeeze(-1).float() - self.mean
 
 
 def load_classifier(path: str, placement: Placement):
@@ -749,7 +763,7 @@ def load_value_model(reward_model: str | None, policy: str, placement: Placement
 
 def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> list[int]:
     """What a reward model reads, in training and scoring: prompt + response as one text, then EOS; cut on the left."""
-    ids = tokenizer(prompt + response)["input_ids"]
+    ids = encode(tokenizer, prompt + response)
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     return cut_left(ids, max_length, tokenizer.bos_token_id)
 

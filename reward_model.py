@@ -125,7 +125,7 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
     for where, row in common.load_rows(path, split):
         prompt = common.read_text(row, columns[0], where, tokenizer)
         responses = tuple(common.read_response(row, column, where) for column in columns[1:])
-        limit = max_prompt_length - len(tokenizer(prompt)["input_ids"])  # of what is left when the prompt is cut
+        limit = max_prompt_length - len(common.encode(tokenizer, prompt))  # of what is left when the prompt is cut
         ids = tuple(common.reward_model_ids(tokenizer, prompt, response, sys.maxsize) for response in responses)
         if limit < 0:
             ids = tuple(common.cut_left(row, len(row) + limit, tokenizer.bos_token_id) for row in ids)

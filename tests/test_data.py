@@ -112,6 +112,15 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path, to
     assert prompts[0].ids.count(tokenizer.eos_token_id) == 1
 
 
+def test_a_text_gets_one_bos_at_the_most():
+    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
+    tokenizer.bos_token = "<|pad|>"
+    ids = tokenizer("<|pad|><|pad|>The plot")["input_ids"]
+    assert ids[0] == ids[1] == tokenizer.bos_token_id
+    assert common.encode(tokenizer, "<|pad|><|pad|>The plot") == ids[1:]
+    assert common.encode(tokenizer, "<|pad|>The plot") == ids[1:]
+
+
 def test_padding():
     ids, mask = common.left_pad([[8], [6, 7]], "cpu")
     assert ids[:, 1].tolist() == [8, 7] and mask.tolist() == [[0, 1], [1, 1]]

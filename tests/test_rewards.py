@@ -76,7 +76,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     config = transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1, pad_token_id=pad, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
-    found = common.LastTokenScore(model)(*common.right_pad(rows, torch.device("cpu")))
+    found = common.LastTokenScore(model).eval()(*common.right_pad(rows, torch.device("cpu")))
     for score, row in zip(found, rows, strict=True):
         hidden = model.transformer(torch.tensor([row])).last_hidden_state
         torch.testing.assert_close(score, model.score(hidden[0, -1])[0])
