@@ -130,8 +130,8 @@ def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma)
     rewards_B = rewards_B.detach()
     log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
-    last_B = mask_BT.long().sum(1) - 1
-    shaped_BT[torch.arange(len(last_B)), last_B] += rewards_B
+    last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
+    shaped_BT.scatter_add_(1, last_B1, rewards_B[:, None])  # the reward comes with the last token
     returns_BT = torch.zeros_like(shaped_BT)
     return_B = torch.zeros_like(rewards_B)
     for t in reversed(range(shaped_BT.shape[1])):
