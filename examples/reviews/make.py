@@ -193,7 +193,7 @@ def make_reward_model(tokenizer: PreTrainedTokenizerFast) -> None:
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(config(tokenizer, width=64, layers=2)).save_pretrained(f"{folder}/start")
         tokenizer.save_pretrained(f"{folder}/start")
-        flags = ["--model", f"{folder}/start", "--dataset", str(HERE / "preferences.jsonl"), "--num-epochs", "4"]
+        flags = ["--model", f"{folder}/start", "--dataset", str(HERE / "preferences.jsonl"), "--num-epochs", "3"]
         script = str(HERE.parent.parent / "reward_model.py")
         subprocess.run([sys.executable, script, *flags, "--output-dir", f"{folder}/run"], check=True)
         shutil.rmtree(HERE / "reward_model", ignore_errors=True)
