@@ -118,10 +118,11 @@ PathOrName = Annotated[str, _flag(_absolute, "a path", show=_short)]
 def parse_args(Args: type):
     """The command line as an `Args`. `--resume D` takes D/args.json for defaults and refuses a flag that differs."""
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # added by `deepspeed`
-    if os.environ.get("RANK", "0") != "0":
+    speaks = os.environ.get("RANK", "0") == "0"
+    if not speaks:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks; errors go to standard error
-    name = Path(sys.argv[0]).name
-    args = tyro.cli(Args, prog=name)
+    cli = functools.partial(tyro.cli, Args, prog=Path(sys.argv[0]).name, console_outputs=speaks)
+    args = cli()
     if not args.resume:
         return args
     try:
@@ -135,7 +136,7 @@ def parse_args(Args: type):
         resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
     except TypeError as error:
         fail(f"--resume {args.resume}: its args.json is of another script or version ({error})")
-    args = tyro.cli(Args, prog=name, default=resumed)
+    args = cli(default=resumed)
     for flag, old in dataclasses.asdict(resumed).items():
         if (new := getattr(args, flag)) != old:
             fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}")
@@ -245,6 +246,7 @@ def _read_json(path: str, text: str, lines: bool) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(text.split("\n") if lines else [], start=1):
             if line.strip():
                 rows.append((f"{path}:{number}", json.loads(line)))
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # half a character (a lone surrogate) is no text
         if not lines:
             entries = json.loads(text)
             rows = [(f"{path}: entry {i}", row) for i, row in enumerate(entries, start=1)]
@@ -257,6 +259,7 @@ def _read_json(path: str, text: str, lines: bool) -> Iterator[tuple[str, dict]]:
 
 
 def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         if None in row or None in row.values():
@@ -277,7 +280,10 @@ def read_text(row: dict, column: str, where: str, tokenizer) -> str:
         fail(f"{where}: {column!r} is {kind}; wanted is a text or a list of {{role, content}} messages")
     if not tokenizer.chat_template:
         fail(f"{where}: {column!r} holds chat messages, but the model's tokenizer has no chat template")
-    return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates refuse some orders of roles
+        fail(f"{where}: the chat template refuses {column!r}: {_first_line(error)}")
 
 
 def read_response(row: dict, column: str, where: str) -> str:
@@ -327,10 +333,10 @@ def report(path: str, what: str, counts: dict[str, int]) -> None:
 def train_and_held_out(load: Callable[[str], list], dataset: str, eval_dataset: str | None, size: int) -> tuple:
     """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
     rows = load(dataset)
-    if eval_dataset and size:
-        return rows, load(eval_dataset)[:size]
-    if size and len(rows) < 2:
-        fail(f"{dataset}: one row cannot be both trained on and held out: give --eval-dataset or --eval-every 0")
+    if eval_dataset or not size:
+        return rows, load(eval_dataset)[:size] if size else []
+    if len(rows) < 2:
+        fail(f"{dataset}: its one row cannot be both trained on and held out: give --eval-dataset")
     order = shuffled_indices(len(rows), 0, 0, len(rows))
     size = min(size, len(rows) // 2)
     return [rows[i] for i in order[size:]], [rows[i] for i in order[:size]]
@@ -366,7 +372,7 @@ def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(size: int, seed: int) -> list[int]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
 
 
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:
@@ -405,9 +411,10 @@ def load_model(path: str, auto_class, placement: Placement, new_head: bool = Fal
         fail(f"{path}: no model could be loaded: {_first_line(error)}")
     if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # in the modules, since config fields differ from one architecture to the next
+    for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -600,13 +607,14 @@ def save_model(module: nn.Module, tokenizer, folder: Path, device: torch.device)
 
 @torch.no_grad()
 def check_saved(policy, folder: Path, responses: "Responses", temperature: float, placement: Placement) -> None:
-    """Reloads a saved policy and compares its log-probabilities with those of the trained one."""
-    inputs = (responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT, temperature)
-    trained_BT = policy(*inputs)
+    """Reloads a saved policy, in CPU memory, and compares its log-probabilities with those of the trained one."""
+    inputs = (responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT)
+    trained_BT, mask_BT = policy(*inputs, temperature).cpu(), responses.mask_BT.cpu()
     if dist.get_rank() == 0:
-        saved = load_policy(str(folder), placement).to(placement.device)
-        difference = ((saved(*inputs) - trained_BT) * responses.mask_BT).abs().max().item()
-        if not difference < (1e-3 if placement.dtype == "float32" else 0.1):
+        saved = load_policy(str(folder), dataclasses.replace(placement, attention="sdpa"))
+        saved_BT = saved(*(x.cpu() for x in inputs), temperature)
+        difference = (((saved_BT - trained_BT) * mask_BT).abs().sum() / mask_BT.sum()).item()
+        if not difference < (1e-3 if placement.dtype == "float32" else 0.1):  # nats per token
             fail(f"{folder}: log-probabilities of the saved model are off by {difference:.2g}", status=1)
     dist.barrier()
 
@@ -689,12 +697,16 @@ def rollout(
     with whole_model(policy, device) as model:
         tokens_RT = generate(model, prompts_BP, prompt_mask_BP, **settings)
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
+    width = torch.tensor(tokens_RT.shape[1], device=device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
+    more = (0, int(width) - tokens_RT.shape[1])
     B = len(prompts)
     index_R = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
     real = [ids[:n] for ids, n in zip(tokens_RT.tolist(), mask_RT.sum(1).tolist(), strict=True)]
     texts = tokenizer.batch_decode(real, skip_special_tokens=True)
     row_prompts = [prompts[i] for i in index_R]
-    return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], tokens_RT, mask_RT, ended_R)
+    padded = (F.pad(tokens_RT, more), F.pad(mask_RT, more))
+    return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], *padded, ended_R)
 
 
 @torch.no_grad()
@@ -977,8 +989,9 @@ class Run:
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         if number.item():
             self.save_checkpoint(update, *engines)
+            launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
-            self.say(f"Stopped after update {update}. To go on: python {sys.argv[0]} --resume {self.folder}")
+            self.say(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + number.item())
 
     def finish(self, model: str) -> None:

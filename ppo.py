@@ -15,9 +15,12 @@ What PPO has and ReMax has not, and what it costs:
 
 One CPU:     python ppo.py
 One GPU:     python ppo.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8
+                 --value-learning-rate 1e-5 \
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8
 Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+                 --value-learning-rate 1e-5 \
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
+                 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
 response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
@@ -93,7 +96,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -121,7 +124,7 @@ class Args:
     gae_lambda: Fraction = 0.95
     """Decay of generalized advantage estimation per token; 1 trusts the rewards, 0 the value model."""
     value_learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate of the value model."""
+    """Peak learning rate of the value model; about 1e-5 for models of billions of parameters."""
 
 
 # ---------------------------------------------------------------- The algorithm
@@ -153,19 +156,19 @@ def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range
 
     The denominator is the number of real tokens of the global minibatch.
     """
-    advantages_BT = advantages_BT.detach().to(logprobs_BT)
-    ratios_BT = ((logprobs_BT - old_logprobs_BT.detach()) * mask_BT).exp()
+    advantages_BT, mask_BT = advantages_BT.detach().to(logprobs_BT), mask_BT.to(logprobs_BT)
+    ratios_BT = ((logprobs_BT - old_logprobs_BT.detach().to(logprobs_BT)) * mask_BT).exp()
     clipped_BT = ratios_BT.clamp(1 - clip_range, 1 + clip_range)
     objective_BT = torch.min(ratios_BT * advantages_BT, clipped_BT * advantages_BT)  # arXiv 1707.06347, eq. 7
-    return -(objective_BT.to(logprobs_BT) * mask_BT / denominator).sum()
+    return -(objective_BT * mask_BT / denominator).sum()
 
 
 def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, denominator):
     """Σ ½ max((V − R)², (clip(V) − R)²) / denominator -> scalar, differentiable in values_BT."""
-    old_values_BT, returns_BT = old_values_BT.detach().to(values_BT), returns_BT.detach().to(values_BT)
+    old_values_BT, returns_BT, mask_BT = old_values_BT.detach(), returns_BT.detach(), mask_BT.to(values_BT)
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range_value, clip_range_value)
-    errors_BT = torch.max((values_BT - returns_BT) ** 2, (clipped_BT - returns_BT) ** 2)
-    return (0.5 * errors_BT * mask_BT / denominator).sum()
+    errors_BT, clipped_errors_BT = (values_BT - returns_BT) * mask_BT, (clipped_BT - returns_BT) * mask_BT
+    return (0.5 * torch.max(errors_BT**2, clipped_errors_BT**2) / denominator).sum().to(values_BT)
 
 
 def whiten(advantages_BT, mask_BT):

@@ -6,7 +6,7 @@ To each prompt x the policy π gives N responses y_1 … y_N, all sampled (N = 1
 
 R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline b_i
 is 0; with --baseline leave-one-out it is the mean reward of the other N − 1 responses to the same prompt (RLOO, Kool et
-al. 2019, Ahmadian et al. 2024), which does not depend on the tokens of y_i, so that the gradient stays unbiased.
+al. 2019, Ahmadian et al. 2024), which does not depend on y_i, so that (for γ = 1) the gradient stays unbiased.
 
 What PPO has and this script has not, and why it may be left out here:
 - a value model, its optimizer, GAE: text generation is deterministic and its reward comes once, at the end, so one more
@@ -17,9 +17,10 @@ What PPO has and this script has not, and why it may be left out here:
 
 One CPU:     python reinforce.py
 One GPU:     python reinforce.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8
 Eight GPUs:  deepspeed reinforce.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
+                 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
 response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
@@ -95,7 +96,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -152,7 +153,7 @@ def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
     The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
     """
     # No ratio, no clip: these are the log-probabilities of the policy that sampled.
-    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT * logprobs_BT / denominator).sum()
+    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT.to(logprobs_BT) * logprobs_BT / denominator).sum()
 
 
 # ---------------------------------------------------------------- Training
@@ -247,6 +248,8 @@ def main() -> None:
             loss=torch.stack(losses).sum() * world_size,
             tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
         )
+        if args.baseline == "none":
+            del means["baseline_reward"]
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)

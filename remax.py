@@ -17,9 +17,10 @@ What PPO has and this script has not, and why it may be left out here:
 
 One CPU:     python remax.py
 One GPU:     python remax.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8
 Eight GPUs:  deepspeed remax.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
-                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+                 --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
+                 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
 response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
@@ -95,7 +96,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -141,7 +142,7 @@ def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
     The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
     """
     # No ratio, no clip: these are the log-probabilities of the policy that sampled.
-    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT * logprobs_BT / denominator).sum()
+    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT.to(logprobs_BT) * logprobs_BT / denominator).sum()
 
 
 # ---------------------------------------------------------------- Training

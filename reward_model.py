@@ -12,9 +12,10 @@ responses' length, since a model that merely likes long answers is the commonest
 calibration table: of the pairs that it claims to know with 80% certainty it should get 80% right.
 
 One CPU:     python reward_model.py
-One GPU:     python reward_model.py --model M --dataset D --learning-rate 1e-5 --dtype bfloat16 --micro-batch-size 8
-Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-5 --dtype bfloat16 \
-                 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+One GPU:     python reward_model.py --model M --dataset D --learning-rate 1e-5 --max-prompt-length 512 \
+                 --dtype bfloat16 --micro-batch-size 8
+Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-5 --max-prompt-length 512 \
+                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows. What does not teach the algorithm is in common.py.
 """
@@ -78,7 +79,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; it is about response-length times that of a loss that is a mean over tokens."""
+    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -121,7 +122,8 @@ class Pair:
 
 def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
-    pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, "too long, dropped": 0}
+    cut = f"with a prompt cut to {max_prompt_length} tokens"
+    pairs, counts = [], {cut: 0, "with an empty response, dropped": 0, "of equals, dropped": 0, "too long, dropped": 0}
     for where, row in common.load_rows(path, split):
         prompt = common.read_text(row, columns[0], where, tokenizer)
         responses = tuple(common.read_response(row, column, where) for column in columns[1:])
@@ -136,6 +138,7 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
         elif max(map(len, ids)) > max_length:
             counts["too long, dropped"] += 1
         else:
+            counts[cut] += limit < 0
             pairs.append(Pair(prompt, responses, ids))
     if not pairs:
         common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
@@ -219,7 +222,7 @@ def main() -> None:
     shown = "held-out responses, a chosen and a rejected one in turn"
     run = common.Run(args, __file__, num_updates)
     first_update = run.load_checkpoint(reward_model)
-    if first_update == 1:
+    if first_update == 1 and args.eval_every:
         rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)
         run.log(0, dict(episodes=0) | evaluation_metrics(rows))
         run.log_samples(0, rows, shown)
@@ -255,7 +258,7 @@ def main() -> None:
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
         metrics |= dict(seconds_train=seconds_train)
-        if (args.eval_every and update % args.eval_every == 0) or update == num_updates:
+        if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)
             metrics |= evaluation_metrics(rows)
             run.log_samples(update, rows, shown)
@@ -268,20 +271,21 @@ def main() -> None:
     rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)
     model.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
     common.save_model(reward_model, tokenizer, run.folder / "reward_model", device)
-    check_saved(run.folder / "reward_model", rows[:2], eval_pairs[:1], placement)
+    check_saved(reward_model, run.folder / "reward_model", eval_pairs[:1], placement)
     run.say("\n" + calibration_table(rows))
     run.finish("reward_model")
 
 
-def check_saved(folder, rows, pairs, placement) -> None:
-    """Reloads the saved model without DeepSpeed and compares its scores with those of the trained one."""
+@torch.no_grad()
+def check_saved(reward_model, folder, pairs, placement) -> None:
+    """Reloads the saved model, in CPU memory, and compares its scores with those of the trained one."""
+    trained = torch.cat(scores(reward_model, pairs, placement.device)).cpu()
     if torch.distributed.get_rank() == 0:
         model = common.load_model(str(folder), AutoModelForSequenceClassification, placement, num_labels=1)
-        with torch.no_grad():
-            found = torch.cat(scores(common.LastTokenScore(model).to(placement.device), pairs, placement.device))
-        difference = (found.cpu() - torch.tensor([row["reward"] for row in rows])).abs().max().item()
+        found = torch.cat(scores(common.LastTokenScore(model), pairs, torch.device("cpu")))
+        difference = ((found - trained).abs() / trained.abs().clamp(min=1)).max().item()
         if not difference < (1e-3 if placement.dtype == "float32" else 0.1):
-            common.fail(f"{folder}: scores of the saved model are off by {difference:.2g}", status=1)
+            common.fail(f"{folder}: scores of the saved model are off by a factor of {difference:.2g}", status=1)
     torch.distributed.barrier()
 
 

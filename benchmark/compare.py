@@ -93,13 +93,13 @@ def main() -> None:
     args = tyro.cli(Args)
     path = HERE / "compare.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["method"], row["seed"]) for row in results}
+    done = {(row["command"], row["seed"]) for row in results}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         todo = [
             pool.submit(run, method, command, seed)
             for seed in range(1, args.seeds + 1)
             for method, command in methods(args.total_episodes).items()
-            if (method, seed) not in done
+            if (" ".join(command), seed) not in done
         ]
         for future in concurrent.futures.as_completed(todo):
             results.append(future.result())

@@ -54,7 +54,7 @@ def main() -> None:
     prompts = common.load_prompts(flags.dataset, "train", "prompt", tokenizer, flags.max_prompt_length)
     sampling = dict(length=flags.response_length, temperature=1.0, eos_ids=[tokenizer.eos_token_id])
     for path in args.policies:
-        policy = common.load_policy(path, placement)
+        policy = common.load_policy(path, placement).to(device)
         parameters = list(policy.parameters())
         gradients = {"reinforce": [], "remax": []}
         baselines, rewards = [], []

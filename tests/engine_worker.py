@@ -70,6 +70,27 @@ def with_the_engine(
         return norms, {name: p.detach().clone() for name, p in whole.named_parameters()}, skips
 
 
+def rollout_and_train(model) -> list:
+    """ZeRO-3 with sharded embeddings, ranks whose responses end at different lengths, and several chunks of logits."""
+    rank, _, device = common.start_processes()
+    placement = common.Placement(device, "float32", "sdpa", 3, False, 4)
+    engine = common.train_engine(common.ResponseLogprobs(model), placement, 4, 1.0, False)
+    model.config.vocab_size = 2**25 // 4  # claimed, so that a chunk is four positions
+    prompts = [common.Prompt("", [5, 6, 7], {}) for _ in range(4)]
+    eos = list(range(2, 4000)) if rank else [1]  # rank 1 ends at once, rank 0 goes on
+    settings = dict(num_samples=1, greedy=False, length=12, temperature=1.0)
+    tokenizer = type("NoText", (), dict(batch_decode=lambda self, rows, **kwargs: [""] * len(rows)))()
+    widths = []
+    for _ in range(2):
+        common.set_seed(0, rank)
+        responses = common.rollout(engine, prompts, device, tokenizer, eos, **settings)
+        widths.append((responses.tokens_BT.shape[1], int(responses.mask_BT.sum(1).max())))
+        logprobs = engine(responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT, 1.0)
+        common.backward(engine, (logprobs * responses.mask_BT).sum(), True)
+        common.optimizer_step(engine, 1e-3)
+    return common.gather_rows(widths)
+
+
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
     kinds = [("gpt2", "float32"), ("llama", "float32")]
@@ -78,6 +99,7 @@ if __name__ == "__main__":
         for stage, micro in zip(cases[::2], cases[1::2], strict=True)
         for kind, dtype in kinds
     }
+    results["widths"] = rollout_and_train(tiny_model("llama", vocab_size=4000))
     if torch.distributed.get_rank() == 0:
         torch.save(results, out)
     torch.distributed.barrier()

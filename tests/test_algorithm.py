@@ -142,6 +142,10 @@ def test_types_follow_the_first_argument():
     assert found.dtype == torch.float64
     loss = remax.policy_loss(logprobs, found, mask.bool(), torch.tensor(3.0, dtype=torch.float64))
     assert loss.dtype == torch.float32 and loss.shape == ()
+    half = logprobs.bfloat16()
+    assert remax.policy_loss(half, found, mask.double(), 3).dtype == torch.bfloat16
+    assert ppo.policy_loss(half, logprobs, found, mask.double(), 0.2, 3).dtype == torch.bfloat16
+    assert ppo.value_loss(half, logprobs, logprobs, mask.double(), 0.2, 3).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- reinforce.py
@@ -242,6 +246,8 @@ def test_ppo_losses_match_slow_references_and_stop_where_clipped():
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.equal(gradient != 0, free) and 0 < free.sum() < mask.sum()
     assert ppo.value_loss(values, old_values, returns, mask, 0.2, 3).item() == pytest.approx(value, rel=1e-5)
+    huge = values + 1e20 * (1 - mask)
+    assert ppo.value_loss(huge, old_values - huge * (1 - mask), returns, mask, 0.2, 3).item() == pytest.approx(value)
 
 
 def test_at_ratio_one_the_gradient_of_ppo_is_that_of_remax_s_loss():

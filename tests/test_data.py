@@ -57,6 +57,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path, ending):
         ("a.json", b'{"prompt": "x"}', "a.json: entry 1: a str"),
         ("a.json", b"[1", "a.json: "),
         ("a.csv", b"prompt,label\nx,1\ny\n", "a.csv:3: not 2 columns"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', "a.jsonl:1: "),
         ("a.parquet", b"PAR", "a.parquet: "),
     ],
 )
@@ -112,6 +113,13 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path, to
     assert prompts[0].ids.count(tokenizer.eos_token_id) == 1
 
 
+def test_a_template_that_refuses_a_conversation_is_told_by_line(tmp_path, capsys):
+    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = write(tmp_path / "a.jsonl", json.dumps(dict(prompt=[dict(role="user", content="Hi")])))
+    assert "a.jsonl:1: the chat template" in refused(capsys, common.load_prompts, path, "train", "prompt", tokenizer, 8)
+
+
 def test_a_text_gets_one_bos_at_the_most():
     tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
     tokenizer.bos_token = "<|pad|>"
@@ -134,8 +142,8 @@ def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
     train, held_out = common.train_and_held_out(files.get, "a", None, 3)
     assert len(held_out) == 3 and sorted(train + held_out) == files["a"]
     assert len(common.train_and_held_out(files.get, "a", None, 64)[1]) == 5
-    assert sorted(common.train_and_held_out(files.get, "a", "b", 0)[0]) == files["a"]
-    assert "one row" in refused(capsys, common.train_and_held_out, files.get, "one", None, 3)
+    assert common.train_and_held_out(files.get, "a", "b", 0) == (files["a"], [])  # in their order
+    assert "its one row" in refused(capsys, common.train_and_held_out, files.get, "one", None, 3)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])

@@ -144,3 +144,15 @@ def test_dropout_is_off_in_every_module(tmp_path):
     assert module.training
     once, again = (module(ids[:, :3], ones, ids[:, 3:], 1.0) for _ in range(2))
     assert torch.equal(once, again)
+
+
+def test_dropout_that_is_no_module_is_off_too(tmp_path):
+    import transformers
+
+    shape = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16)
+    config = transformers.OPTConfig(**shape, word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.5)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    module = common.load_policy(str(tmp_path), CPU)
+    ids, ones = torch.arange(6)[None], torch.ones(1, 3, dtype=torch.long)
+    once, again = (module(ids[:, :3], ones, ids[:, 3:], 1.0) for _ in range(2))
+    assert module.training and torch.equal(once, again)
