@@ -5,8 +5,8 @@ To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. 
     gradient  =  mean over prompts of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
 R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline
-does not depend on the sampled tokens, so the gradient stays unbiased. It is near the reward to be expected, so the
-gradient is less noisy than REINFORCE's, at least as long as the greedy response is not yet the best one.
+does not depend on the sampled tokens, so the gradient stays unbiased. Where it is near the reward that is to be
+expected, the gradient is less noisy than REINFORCE's (the README tells where that was so, and where not).
 
 What PPO has and this script has not, and why it may be left out here:
 - a value model, its optimizer, GAE: text generation is deterministic and its reward comes once, at the end, so one more
