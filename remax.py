@@ -96,7 +96,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
+    """Gradient norm to clip to; where the loss sums over tokens, the norm is about --response-length times a mean's."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0

@@ -79,7 +79,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; in remax.py and reinforce.py the loss sums over tokens, and its norm with it."""
+    """Gradient norm to clip to; where the loss sums over tokens, the norm is about --response-length times a mean's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
