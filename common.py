@@ -68,32 +68,25 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def _flag(parse: Callable[[str], Any], wanted: str, show: Callable[[Any], str] = str):
-    """A tyro flag type that says what it wants when it gets something else; `parse` raises ValueError for that."""
+def _flag(kind: Callable, accepts: Callable[[Any], bool], wanted: str, show: Callable[[Any], str] = str):
+    """A tyro flag type that says what it wants when it gets something else."""
 
-    def from_words(words: list[str]):
+    def parse(words: list[str]):
         try:
-            return parse(words[0])
+            value = kind(words[0])
         except ValueError:
-            raise ValueError(f"{words[0]!r} is not {wanted}") from None
+            value = math.nan  # which nothing accepts
+        if not accepts(value):
+            raise ValueError(f"{words[0]!r} is not {wanted}")
+        return value
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=wanted.split()[-1].upper() if show is not str else "NUMBER",
-        instance_from_str=from_words,
-        is_instance=lambda value: not isinstance(value, bool) and isinstance(value, (int, float, str)),
+        metavar="PATH" if kind is _absolute else "NUMBER",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, (int, float, str)),
         str_from_instance=lambda value: [show(value)],
     )
-
-
-def _number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], Any]:
-    def parse(word: str):
-        value = kind(word)
-        if not (low <= value <= high) or (above and value == low):
-            raise ValueError
-        return value
-
-    return parse
 
 
 def _absolute(path: str) -> str:
@@ -106,13 +99,12 @@ def _short(path: str) -> str:
     return str(Path(path).relative_to(HERE)) if Path(path).is_relative_to(HERE) else path
 
 
-BIG = sys.float_info.max
-PositiveInt = Annotated[int, _flag(_number(int, 1, BIG), "a whole number above 0")]
-NonNegativeInt = Annotated[int, _flag(_number(int, 0, BIG), "a whole number, 0 or above")]
-PositiveFloat = Annotated[float, _flag(_number(float, 0, BIG, above=True), "a number above 0")]
-NonNegativeFloat = Annotated[float, _flag(_number(float, 0, BIG), "a number, 0 or above")]
-Fraction = Annotated[float, _flag(_number(float, 0, 1), "a number from 0 to 1")]
-PathOrName = Annotated[str, _flag(_absolute, "a path", show=_short)]
+PositiveInt = Annotated[int, _flag(int, lambda n: n > 0, "a whole number above 0")]
+NonNegativeInt = Annotated[int, _flag(int, lambda n: n >= 0, "a whole number, 0 or above")]
+PositiveFloat = Annotated[float, _flag(float, lambda x: 0 < x < math.inf, "a number above 0")]
+NonNegativeFloat = Annotated[float, _flag(float, lambda x: 0 <= x < math.inf, "a number, 0 or above")]
+Fraction = Annotated[float, _flag(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+PathOrName = Annotated[str, _flag(_absolute, lambda path: True, "a path", _short)]
 
 
 def parse_args(Args: type):
@@ -121,8 +113,12 @@ def parse_args(Args: type):
     speaks = os.environ.get("RANK", "0") == "0"
     if not speaks:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks; errors go to standard error
-    cli = functools.partial(tyro.cli, Args, prog=Path(sys.argv[0]).name, console_outputs=speaks)
-    args = cli()
+
+    def parse(**kwargs):
+        with contextlib.redirect_stderr(sys.stderr if speaks else io.StringIO()):  # all ranks see the same flags
+            return tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
+
+    args = parse()
     if not args.resume:
         return args
     try:
@@ -136,7 +132,7 @@ def parse_args(Args: type):
         resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
     except TypeError as error:
         fail(f"--resume {args.resume}: its args.json is of another script or version ({error})")
-    args = cli(default=resumed)
+    args = parse(default=resumed)
     for flag, old in dataclasses.asdict(resumed).items():
         if (new := getattr(args, flag)) != old:
             fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}")

@@ -188,6 +188,11 @@ def test_wrong_input_gets_one_clear_line_and_status_2(tmp_path, monkeypatch, cap
     assert not (tmp_path / "r").exists()  # nothing is left behind
 
 
+def test_wrong_flags_are_told_by_one_rank_only(tmp_path):
+    result = run_script("remax.py", "--batch-size", "0", ranks=2)
+    assert result.returncode != 0 and result.stderr.count("is not a whole number above 0") == 1
+
+
 def test_wrong_input_makes_no_traceback(tmp_path):
     result = run_script("remax.py", "--dataset", "no.jsonl", "--output-dir", tmp_path / "r")
     assert result.returncode == 2 and result.stderr.strip() == "error: no.jsonl: No such file or directory"
