@@ -18,16 +18,20 @@ TINY = (
 )
 
 
-def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:
-    """`python name flags`, or torchrun with several ranks; one thread a rank."""
+def script_environment() -> dict[str, str]:
+    """One thread a rank, no network, and nothing of the process group that this process may have joined."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in group}
+    return environment | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+
+def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.CompletedProcess:
+    """`python name flags`, or torchrun with several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of this process, not of the script's
-    environment = {k: v for k, v in os.environ.items() if k not in group}
-    environment |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     command = [*launcher, str(ROOT / name), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
 
 
 def read_metrics(folder) -> list[dict]:

@@ -1,7 +1,6 @@
 """remax.py as a user runs it: it learns, resumes, stops when asked, runs on ranks, and refuses what it cannot use."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, read_metrics, run_script, tiny_model
+from conftest import ROOT, SHARED, TINY, read_metrics, run_script, script_environment, tiny_model
 
 import remax
 
@@ -87,7 +86,7 @@ def test_resume_is_exact_and_needs_no_other_flag(tmp_path):
     assert_ok(run_script("remax.py", *flags, "--output-dir", whole))
     # Killed without warning after update 2: later rows of its files are forgotten.
     command = [sys.executable, str(ROOT / "remax.py"), *map(str, flags), "--output-dir", str(parts)]
-    process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=script_environment(), stdout=subprocess.DEVNULL)
     while not (parts / "checkpoint" / "latest").exists() or int((parts / "checkpoint" / "latest").read_text()) < 2:
         time.sleep(0.01)
         assert process.poll() is None
@@ -121,7 +120,7 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, numb
         "--output-dir",
         str(tmp_path / "r"),
     ]
-    process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=script_environment(), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "r" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "r")) < 2:
         time.sleep(0.05)
     process.send_signal(number)
