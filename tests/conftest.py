@@ -1,5 +1,6 @@
 """What the tests share: the project on the path, tiny models made from configs, and scripts run as a user runs them."""
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -32,6 +33,12 @@ def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.Comple
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*launcher, str(ROOT / name), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
+
+
+def together(function, *cases: tuple) -> list:
+    """function(*case) of every case, two at a time: most of a short run is start-up on one core."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(function, *case) for case in cases]]
 
 
 def read_metrics(folder) -> list[dict]:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, read_metrics, run_script, script_environment, tiny_model
+from conftest import ROOT, SHARED, TINY, read_metrics, run_script, script_environment, tiny_model, together
 
 import remax
 
@@ -72,11 +72,11 @@ def test_it_learns_from_any_folder_and_says_so(tmp_path):
 
 
 def test_micro_batches_change_memory_and_not_results(tmp_path):
-    runs = []
-    for size in (8, 3):
-        assert_ok(run_script("remax.py", *TINY, "--micro-batch-size", size, "--output-dir", tmp_path / str(size)))
-        runs.append(read_metrics(tmp_path / str(size)))
-    for a, b in zip(*map(without_times, runs), strict=True):
+    cases = [("remax.py", *TINY, "--micro-batch-size", size, "--output-dir", tmp_path / str(size)) for size in (8, 3)]
+    for result in together(run_script, *cases):
+        assert_ok(result)
+    runs = [without_times(read_metrics(tmp_path / str(size))) for size in (8, 3)]
+    for a, b in zip(*runs, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED, TINY, read_metrics, run_script
+from conftest import SHARED, TINY, read_metrics, run_script, together
 
 import common
 import reward_model
@@ -22,12 +22,15 @@ def learned(folder, rise: float) -> bool:
 LEARN = "--total-episodes 960 --batch-size 32 --learning-rate 5e-4 --eval-every 0 --response-length 32".split()
 
 
-@pytest.mark.parametrize("flags", [[], ["--baseline", "leave-one-out", "--num-samples", "2"]])
-def test_reinforce_learns(tmp_path, flags):
-    assert_ok(run_script("reinforce.py", *LEARN, *flags, "--output-dir", tmp_path / "r"))
-    assert learned(tmp_path / "r", 1.0)
-    last = read_metrics(tmp_path / "r")[-1]
-    assert last["baseline_reward"] == pytest.approx(last["reward"]) if flags else "baseline_reward" not in last
+def test_reinforce_learns(tmp_path):
+    plain = ("reinforce.py", *LEARN, "--output-dir", tmp_path / "plain")
+    flags = "--baseline leave-one-out --num-samples 2".split()
+    for result in together(run_script, plain, ("reinforce.py", *LEARN, *flags, "--output-dir", tmp_path / "rloo")):
+        assert_ok(result)
+    assert learned(tmp_path / "plain", 1.0) and learned(tmp_path / "rloo", 1.0)
+    assert "baseline_reward" not in read_metrics(tmp_path / "plain")[-1]
+    last = read_metrics(tmp_path / "rloo")[-1]
+    assert last["baseline_reward"] == pytest.approx(last["reward"])
 
 
 def test_leave_one_out_with_one_sample_is_refused():
@@ -61,24 +64,26 @@ def test_ppo_on_two_ranks_does_not_depend_on_the_stage(tmp_path):
             assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("name, saved", [("reinforce", "policy"), ("ppo", "policy"), ("reward_model", "reward_model")])
-def test_resume_is_exact(tmp_path, name, saved):
+def resumed_is_the_same(name: str, saved: str, folder) -> bool:
     from safetensors.torch import load_file
 
     flags = "--total-episodes 32 --batch-size 8 --eval-size 7 --eval-every 2 --save-every 3".split()
-    assert_ok(run_script(f"{name}.py", *flags, "--output-dir", tmp_path / "r"))
+    assert_ok(run_script(f"{name}.py", *flags, "--output-dir", folder))
     runs = []
     for again in (False, True):
         if again:  # from the checkpoint after update 3, as if update 4 had never been
-            assert_ok(run_script(f"{name}.py", "--resume", tmp_path / "r"))
-        rows = [
-            {k: v for k, v in row.items() if "second" not in k and "memory" not in k}
-            for row in read_metrics(tmp_path / "r")
-        ]
-        weights = load_file(tmp_path / "r" / saved / "model.safetensors")
-        runs.append((rows, (tmp_path / "r" / "samples.jsonl").read_text(), weights))
-    assert runs[0][:2] == runs[1][:2]
-    assert all(torch.equal(runs[1][2][key], wanted) for key, wanted in runs[0][2].items())
+            assert_ok(run_script(f"{name}.py", "--resume", folder))
+        rows = read_metrics(folder)
+        rows = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
+        runs.append((rows, (folder / "samples.jsonl").read_text(), load_file(folder / saved / "model.safetensors")))
+    before, after = runs
+    return before[:2] == after[:2] and all(torch.equal(after[2][key], wanted) for key, wanted in before[2].items())
+
+
+def test_resume_is_exact(tmp_path):
+    names = (("ppo", "policy"), ("reinforce", "policy"), ("reward_model", "reward_model"))
+    cases = [(name, saved, tmp_path / name) for name, saved in names]
+    assert together(resumed_is_the_same, *cases) == [True] * 3
 
 
 def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
@@ -124,8 +129,12 @@ def test_a_reward_model_does_not_depend_on_ranks_stages_and_micro_batches(tmp_pa
     cases = dict(
         one=(1, "--micro-batch-size", "16"), small=(1, "--micro-batch-size", "3"), two=(2, "--zero-stage", "3")
     )
-    for name, (ranks, *more) in cases.items():
-        assert_ok(run_script("reward_model.py", *flags, *more, "--output-dir", tmp_path / name, ranks=ranks))
+
+    def run(name, ranks, *more):
+        return run_script("reward_model.py", *flags, *more, "--output-dir", tmp_path / name, ranks=ranks)
+
+    for result in together(run, *((name, *case) for name, case in cases.items())):
+        assert_ok(result)
     weights = {name: load_file(tmp_path / name / "reward_model" / "model.safetensors") for name in cases}
     for name in ("small", "two"):
         for key, wanted in weights["one"].items():
