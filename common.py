@@ -183,8 +183,14 @@ def plan_updates(total_episodes: int, batch_size: int, world_size: int) -> tuple
     return rows, total_episodes // batch_size
 
 
+def deal_out(items: list) -> list:
+    """This rank's share. A few items come twice where they do not divide evenly: ranks must take equal steps."""
+    size, world_size = len(items), dist.get_world_size()
+    return [items[i % size] for i in range(dist.get_rank(), math.ceil(size / world_size) * world_size, world_size)]
+
+
 def gather_rows(rows: list) -> list:
-    """All ranks' lists on every rank; what was dealt out as `items[rank::world_size]` comes back as `items`."""
+    """All ranks' lists on every rank; what was dealt out comes back in its order, the few that came twice last."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for turn in zip(*parts, strict=True) for row in turn]
@@ -389,6 +395,10 @@ class Placement:
     zero_stage: int
     offload: bool
     micro_batch_size: int
+
+    def on_cpu(self) -> "Placement":
+        """The same computation without a GPU, on which flash attention alone runs, and without DeepSpeed."""
+        return dataclasses.replace(self, device=torch.device("cpu"), attention="sdpa", zero_stage=0, offload=False)
 
 
 def load_tokenizer(path: str):
@@ -607,7 +617,7 @@ def check_saved(policy, folder: Path, responses: "Responses", temperature: float
     inputs = (responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT)
     trained_BT, mask_BT = policy(*inputs, temperature).cpu(), responses.mask_BT.cpu()
     if dist.get_rank() == 0:
-        saved = load_policy(str(folder), dataclasses.replace(placement, attention="sdpa"))
+        saved = load_policy(str(folder), placement.on_cpu())
         saved_BT = saved(*(x.cpu() for x in inputs), temperature)
         difference = (((saved_BT - trained_BT) * mask_BT).abs().sum() / mask_BT.sum()).item()
         if not difference < (1e-3 if placement.dtype == "float32" else 0.1):  # nats per token
@@ -841,13 +851,11 @@ class Reward:
 
 
 def evaluate(policy, reference, prompts: list[Prompt], batch_size: int, rollout, logprobs, scorers) -> list[dict]:
-    """Greedy responses to held-out prompts -> one dict each, the same list on every rank. `scorers`: {column: Reward}.
+    """Greedy responses to held-out prompts -> one dict each, the same list on every rank.
 
-    Prompts are dealt out to the ranks, a few of them twice where they do not divide evenly: ranks take equal steps.
+    `scorers`: {column: Reward}.
     """
-    rank, world_size, size = dist.get_rank(), dist.get_world_size(), len(prompts)
-    mine = [prompts[i % size] for i in range(rank, math.ceil(size / world_size) * world_size, world_size)]
-    rows = []
+    mine, rows = deal_out(prompts), []
     for batch, _ in micro_batches(len(mine), batch_size):
         responses = rollout(policy, mine[batch], num_samples=0, greedy=True)
         log_ratios_BT = logprobs(policy, responses) - logprobs(reference, responses)
@@ -856,7 +864,7 @@ def evaluate(policy, reference, prompts: list[Prompt], batch_size: int, rollout,
         columns |= dict(kl=(log_ratios_BT * responses.mask_BT).sum(1).tolist())
         columns |= dict(response_length=responses.mask_BT.sum(1).tolist())
         rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return gather_rows(rows)[:size]
+    return gather_rows(rows)[: len(prompts)]
 
 
 def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, float]:

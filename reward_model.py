@@ -155,9 +155,7 @@ def scores(model, pairs, device):
 @torch.no_grad()
 def evaluate(model, pairs, pairs_at_once, device) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn, the same on every rank."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = [pairs[i % len(pairs)] for i in range(rank, -(-len(pairs) // world_size) * world_size, world_size)]
-    rows = []
+    mine, rows = common.deal_out(pairs), []
     for batch, _ in common.micro_batches(len(mine), pairs_at_once):
         both_B2 = torch.stack(scores(model, mine[batch], device), 1).tolist()
         rows += [(pair, both) for pair, both in zip(mine[batch], both_B2, strict=True)]
@@ -281,7 +279,7 @@ def check_saved(reward_model, folder, pairs, placement) -> None:
     """Reloads the saved model, in CPU memory, and compares its scores with those of the trained one."""
     trained = torch.cat(scores(reward_model, pairs, placement.device)).cpu()
     if torch.distributed.get_rank() == 0:
-        model = common.load_model(str(folder), AutoModelForSequenceClassification, placement, num_labels=1)
+        model = common.load_model(str(folder), AutoModelForSequenceClassification, placement.on_cpu(), num_labels=1)
         found = torch.cat(scores(common.LastTokenScore(model), pairs, torch.device("cpu")))
         difference = ((found - trained).abs() / trained.abs().clamp(min=1)).max().item()
         if not difference < (1e-3 if placement.dtype == "float32" else 0.1):

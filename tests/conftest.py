@@ -35,6 +35,10 @@ def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
 
 
+def assert_ok(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
 def together(function, *cases: tuple) -> list:
     """function(*case) of every case, two at a time: most of a short run is start-up on one core."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, read_metrics, run_script, script_environment, tiny_model, together
+from conftest import ROOT, SHARED, TINY, assert_ok, read_metrics, run_script, script_environment, tiny_model, together
 
 import remax
 
@@ -19,10 +19,6 @@ def weights(folder):
     from safetensors.torch import load_file
 
     return load_file(f"{folder}/policy/model.safetensors")
-
-
-def assert_ok(result):
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 def without_times(rows):

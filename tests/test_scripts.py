@@ -4,14 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED, TINY, read_metrics, run_script, together
+from conftest import SHARED, TINY, assert_ok, read_metrics, run_script, together
 
 import common
 import reward_model
-
-
-def assert_ok(result):
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 def learned(folder, rise: float) -> bool:
