@@ -12,6 +12,7 @@ and including the first EOS.
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -20,6 +21,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -36,6 +38,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -144,9 +148,7 @@ def parse_args(Args: type):
 
 def start_processes() -> tuple[int, int, torch.device]:
     """Join the process group, also as the only process -> (rank, number of ranks, this rank's device)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))  # set by torchrun and deepspeed
     deepspeed.init_distributed(verbose=False)
@@ -154,6 +156,87 @@ def start_processes() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+class Phases:
+    """Runs functions one after the other, each in a process of its own, which leaves nothing in memory.
+
+    All ranks do the same; in the new processes start_processes() joins them to a new group. ctrl-C and SIGTERM are
+    handed on; a process dies with the one that has started it.
+    """
+
+    def __init__(self):
+        self.process, self.signal, self.started = None, 0, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hand_on)
+
+    def _hand_on(self, number, frame) -> None:
+        self.signal = self.signal or number
+        if not (self.process and self.process.is_alive()):
+            raise SystemExit(128 + number)
+        os.kill(self.process.pid, number)
+
+    def run(self, function: Callable, *args):
+        """function(*args) in its own process -> what it returns. If it fails, this process ends with its status."""
+        environment = {}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # rank 0 finds a port for the new group and tells the others
+            store, rank = _launcher_store(), os.environ["RANK"]
+            name = f"port of process {store.add(f'processes of rank {rank}', 1)}"
+            if rank == "0":
+                store.set(name, str(_free_port()))
+            environment = dict(MASTER_PORT=store.get(name).decode(), TORCHELASTIC_USE_AGENT_STORE="False")
+        # CUDA does not survive a fork. Without CUDA a fork spares the seconds that the imports take.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        ours, theirs = context.Pipe()
+        self.process = context.Process(target=_send_result, args=(theirs, environment, function, args))
+        self.process.start()
+        theirs.close()
+        with contextlib.suppress(EOFError):
+            result, self.peak = ours.recv()
+        self.process.join()
+        if (status := self.process.exitcode) < 0 and not self.signal:
+            fail(f"{function.__name__} was ended by signal {-status}", status=128 - status)
+        if status:
+            raise SystemExit(status if status > 0 else 128 - status)
+        return result
+
+    def run_once(self, folder: Path, function: Callable, *args) -> dict:
+        """The same for a phase that returns metrics, unless the journal in the run's folder has its line already."""
+        path = folder / "phases.jsonl"
+        if not self.started:
+            self.journal = read_rows(path)
+        self.started += 1
+        if self.started > len(self.journal):
+            metrics = self.run(function, *args) or {}
+            self.journal.append(dict(phase=function.__name__, peak_memory_bytes=self.peak, metrics=metrics))
+            if os.environ.get("RANK", "0") == "0":
+                write_whole(path, json_lines(self.journal))
+            if self.signal:
+                print(how_to_go_on(f"after {function.__name__}", folder))
+                raise SystemExit(128 + self.signal)
+        return dict(self.journal[self.started - 1]["metrics"])
+
+
+@functools.cache
+def _launcher_store() -> dist.Store:
+    """The key-value store of torchrun, or one that rank 0 opens in its place."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def _send_result(pipe, environment: dict[str, str], function: Callable, args: tuple) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the process that started this one
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.update(environment)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")
+    pipe.send((function(*args), _peak_bytes()))
 
 
 def set_seed(*numbers: int) -> None:
@@ -306,24 +389,43 @@ class Prompt:
     text: str
     ids: list[int]
     columns: dict[str, Any]
+    demonstrations: list[dict] = dataclasses.field(default_factory=list)  # one row as `rows_of` makes them, or none
 
 
-def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> list[Prompt]:
-    """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
-    prompts, dropped, cut = [], 0, 0
-    for where, row in load_rows(path, split):
+def load_prompts(
+    path: str, split: str, column: str, tokenizer, max_length: int, completion_column: str = "", max_completion: int = 0
+) -> list[Prompt]:
+    """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted.
+
+    If the rows have a completion column, it holds demonstrations; one of more than `max_completion` tokens, EOS
+    included, is dropped with its prompt, since a response that is cut off teaches not to end.
+    """
+    prompts, dropped, cut, long = [], 0, 0, 0
+    rows = load_rows(path, split)
+    has_completions = any(completion_column in row for _, row in rows)
+    for where, row in rows:
         text = read_text(row, column, where, tokenizer)
         is_chat = text is not row[column]  # a chat template writes its own special tokens
         ids = encode(tokenizer, text, add_special_tokens=not is_chat)
-        if text.strip() and ids:
-            cut += len(ids) > max_length
-            ids = cut_left(ids, max_length, tokenizer.bos_token_id)
-            prompts.append(Prompt(text, ids, {name: row[name] for name in row if name != column}))
-        else:
+        prompt = Prompt(
+            text, cut_left(ids, max_length, tokenizer.bos_token_id), {k: row[k] for k in row if k != column}
+        )
+        if has_completions:
+            response = read_response(row, completion_column, where)
+            tokens = encode(tokenizer, response, add_special_tokens=False) + [tokenizer.eos_token_id]
+            prompt.demonstrations = [dict(prompt=text, response=response, ended=True, tokens=tokens)]
+        if not (text.strip() and ids):
             dropped += 1
+        elif has_completions and len(tokens) > max_completion:
+            long += 1
+        else:
+            cut += len(ids) > max_length
+            prompts.append(prompt)
     if not prompts:
-        fail(f"{path}: every prompt is empty")
-    report(path, f"{len(prompts):,} prompts", {"empty, dropped": dropped, f"cut to {max_length} tokens": cut})
+        fail(f"{path}: every prompt is empty or its {completion_column} too long")
+    counts = {"empty, dropped": dropped, f"cut to {max_length} tokens": cut}
+    counts |= {f"with a {completion_column} of more than {max_completion} tokens, dropped": long}
+    report(path, f"{len(prompts):,} prompts{' with demonstrations' if has_completions else ''}", counts)
     return prompts
 
 
@@ -715,6 +817,45 @@ def rollout(
     return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], *padded, ended_R)
 
 
+def rows_of(responses: Responses, **columns) -> list[dict]:
+    """Responses as rows of a file that people can read; `columns`: more lists of their length."""
+    lengths = responses.mask_BT.sum(1).tolist()
+    columns = dict(prompt=[prompt.text for prompt in responses.prompts], response=responses.texts) | columns
+    columns |= dict(ended=responses.ended_B.tolist())
+    columns |= dict(tokens=[ids[:n] for ids, n in zip(responses.tokens_BT.tolist(), lengths, strict=True)])
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def responses_of(prompts: list[Prompt], rows: list[dict], device: torch.device) -> Responses:
+    """Rows of such a file, with their prompts, as responses again. All ranks must call it."""
+    prompts_BP, prompt_mask_BP = left_pad([prompt.ids for prompt in prompts], device)
+    tokens_BT, mask_BT = right_pad([row["tokens"] for row in rows], device)
+    width = torch.tensor(tokens_BT.shape[1], device=device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # as in `rollout`
+    padded = (F.pad(x_BT, (0, int(width) - x_BT.shape[1])) for x_BT in (tokens_BT, mask_BT))
+    ended_B = torch.tensor([row["ended"] for row in rows], device=device)
+    texts = [row["response"] for row in rows]
+    return Responses(list(prompts), texts, prompts_BP, prompt_mask_BP, *padded, ended_B)
+
+
+def to_lists(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[float]]:
+    """The values of the real tokens of each row."""
+    return [values[:n] for values, n in zip(values_BT.tolist(), mask_BT.sum(1).tolist(), strict=True)]
+
+
+def from_lists(rows: list[list[float]], mask_BT: torch.Tensor) -> torch.Tensor:
+    """-> values_BT, 0 where masked."""
+    return torch.tensor([row + [0.0] * (mask_BT.shape[1] - len(row)) for row in rows], device=mask_BT.device)
+
+
+def map_rows(function: Callable, prompts: list[Prompt], rows: list[dict], size: int, device: torch.device) -> list:
+    """function(responses) -> list, over all rows, `size` of them at once, each rank its share -> the whole list."""
+    mine, found = deal_out(list(zip(prompts, rows, strict=True))), []
+    for batch, _ in micro_batches(len(mine), size):
+        found += function(responses_of(*zip(*mine[batch], strict=True), device))
+    return gather_rows(found)[: len(rows)]
+
+
 @torch.no_grad()
 def forward_rows(module, responses: Responses, micro_batch_size: int, **inputs) -> torch.Tensor:
     """What a function of prompts and responses gives for each token -> (B, T), without gradients, by micro-batches."""
@@ -751,6 +892,7 @@ class ResponseValues(nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        self.__dict__["whole"] = _view(model).eval()
         self.model, self.mean = model.train(), getattr(model.config, "reward_mean", 0.0)
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT) -> torch.Tensor:
@@ -767,6 +909,16 @@ def load_classifier(path: str, placement: Placement):
     pad = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad  # else transformers takes no batches
     return model
+
+
+def average_models(new: Path, old: Path, share: float, folder: Path) -> None:
+    """share · new + (1 − share) · old, both saved models, into a folder like theirs; a tensor at a time in memory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(new, folder)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(new / path.name, "pt") as a, safe_open(old / path.name, "pt") as b:
+            tensors = {name: b.get_tensor(name).lerp(a.get_tensor(name), share) for name in a.keys()}
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_value_model(reward_model: str | None, policy: str, placement: Placement) -> ResponseValues:
@@ -868,14 +1020,63 @@ def evaluate(policy, reference, prompts: list[Prompt], batch_size: int, rollout,
 
 
 def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, float]:
-    """Means of the rows, and how often they beat the initial policy's response to the same prompt (a tie counts ½)."""
+    """Means of the rows, and how often they beat the initial policy's response to the same prompt."""
     names = [name for name, value in rows[0].items() if not isinstance(value, str)]
     means = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
-    pairs = [(new["reward"], old["reward"]) for new, old in zip(rows, initial_rows, strict=True)]
-    return means | dict(eval_win_rate=sum((new > old) + 0.5 * (new == old) for new, old in pairs) / len(pairs))
+    if "reward" not in names:
+        return means
+    return means | dict(eval_win_rate=win_rate(rows, initial_rows))
+
+
+def win_rate(rows: list[dict], others: list[dict]) -> float:
+    """How often the first reward of a pair is the greater one; a tie counts ½."""
+    pairs = [(row["reward"], other["reward"]) for row, other in zip(rows, others, strict=True)]
+    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
 
 # ---------------------------------------------------------------- 8. The run
+
+
+def open_run(args, script: str) -> str:
+    """Makes the folder of a run whose phases will be processes of their own -> the folder."""
+    start_processes()
+    run = Run(args, script, 0)
+    run.close()
+    return str(run.folder)
+
+
+def how_to_go_on(when: str, folder: Path) -> str:
+    launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "the same launcher and number of ranks,"
+    return f"Stopped {when}. To go on: {launcher} {sys.argv[0]} --resume {folder}"
+
+
+def read_rows(path: Path) -> list:
+    """The lines of a file of ours, none if there is no file; a last line that was torn off is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def write_rows(path: Path, rows: list[dict], append: bool = False) -> None:
+    """JSON lines, written by rank 0: the whole file at once, or more of it."""
+    if dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        if append:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json_lines(rows))
+        else:
+            write_whole(path, json_lines(rows))
+    dist.barrier()
+
+
+def json_lines(rows: list) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Written aside, then renamed: whoever reads it finds the old text or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 class Clock:
@@ -894,27 +1095,32 @@ class Clock:
 class Run:
     """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console.
 
-    Rank 0 writes. `checkpointed` is the update of the checkpoint that is resumed, or 0.
+    Rank 0 writes. `checkpointed` is the update of the checkpoint that is resumed, or 0. A script that keeps its own
+    account of what is done says so by `done`, the update up to which the rows of metrics are final; then only a later
+    checkpoint counts.
     """
 
-    def __init__(self, args, script: str, num_updates: int):
+    def __init__(self, args, script: str, total: int, unit: str = "update", done: int | None = None):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
         dist.broadcast_object_list(name)
         self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
         latest = self.folder / "checkpoint" / "latest"
-        if args.resume and not latest.exists():
+        self.checkpointed = int(latest.read_text()) if args.resume and latest.exists() else 0
+        if args.resume and done is None and not self.checkpointed:
             fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
         if not args.resume and (self.folder / "args.json").exists():
             fail(f"--output-dir {self.folder} already holds a run: choose another, or continue it with --resume")
-        self.checkpointed = int(latest.read_text()) if args.resume else 0
+        if done is not None and self.checkpointed <= done:
+            self.checkpointed = 0
         dist.barrier()  # every rank has looked before rank 0 writes
         if self.main:
             try:
-                self._open_folder(args)
+                self._open_folder(args, self.checkpointed or (0 if done is None else done))
             except OSError as error:
                 fail(f"--output-dir {self.folder}: {error.strerror}")
         dist.barrier()
-        self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.main)
+        self.bar = tqdm(total=total, unit=unit, disable=not (self.main and total))
+        self.bar.update(self.checkpointed)
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember_signal)
@@ -922,19 +1128,20 @@ class Run:
     def _remember_signal(self, number, frame) -> None:
         self.signal = self.signal or number
 
-    def _open_folder(self, args) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+    def _open_folder(self, args, done: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         saved = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
-        (self.folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        for name in ("metrics.jsonl", "samples.jsonl"):  # forget what came after the checkpoint
-            path, aside = self.folder / name, self.folder / f"{name}.tmp"
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if args.resume and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= self.checkpointed]
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(path)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1 if args.resume else None)
+        write_whole(self.folder / "args.json", json.dumps(saved, indent=2) + "\n")
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):  # forget what came after `done`
+            kept = [row for row in read_rows(path) if args.resume and row["update"] <= done]
+            write_whole(path, json_lines(kept))
+        self.purge_step = done + 1 if args.resume else None
+
+    @functools.cached_property
+    def writer(self):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        return SummaryWriter(str(self.folder), purge_step=self.purge_step)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -942,12 +1149,9 @@ class Run:
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_bytes()
-        peaks = [None] * dist.get_world_size()
-        dist.all_gather_object(peaks, peak)
+        metrics = dict(update=update, peak_memory_bytes=peak_memory_bytes()) | metrics
         if not self.main:
             return
-        metrics = dict(update=update) | metrics | dict(peak_memory_bytes=max(peaks))
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         for name, value in metrics.items():
@@ -962,11 +1166,13 @@ class Run:
         if not self.main:
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(update=update) | row, ensure_ascii=False) + "\n" for row in rows)
-        mean = sum(row["reward"] for row in rows) / len(rows)
-        self.say(f"\nAfter {update} updates: mean reward {mean:.2f} of {what}, such as")
+            file.write(json_lines([dict(update=update) | row for row in rows]))
+        scored = "reward" in rows[0]
+        mean = f"mean reward {sum(row['reward'] for row in rows) / len(rows):.2f} of " if scored else ""
+        self.say(f"\nAfter {update} updates: {mean}{what}, such as")
         for row in rows[:3]:
-            self.say(f"  [{row['reward']:6.2f}] {row['prompt'][-120:]} ▸{row['response'][:400]}")
+            reward = f"[{row['reward']:6.2f}] " if scored else ""
+            self.say(f"  {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
 
     def save_checkpoint(self, update: int, *engines) -> None:
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
@@ -992,10 +1198,10 @@ class Run:
         number = torch.tensor(self.signal, device=device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         if number.item():
-            self.save_checkpoint(update, *engines)
-            launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
+            if engines:
+                self.save_checkpoint(update, *engines)
             self.close()
-            self.say(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
+            self.say(how_to_go_on(f"after update {update}", self.folder))
             raise SystemExit(128 + number.item())
 
     def finish(self, model: str) -> None:
@@ -1009,20 +1215,28 @@ class Run:
             if (name := f"eval_{name}") in first and name in last:
                 self.say(f"{what + ':':13}{first[name]:.2f} → {last[name]:.2f} on held-out data")
         if "eval_win_rate" in last:
-            self.say(
-                f"Win rate:    {last['eval_win_rate']:.0%} against the initial policy, at a KL of {last['kl']:.1f} nats"
-            )
+            kl = f"at a KL of {last['eval_kl']:.1f} nats"
+            self.say(f"Win rate:    {last['eval_win_rate']:.0%} against the initial policy, {kl}")
         self.say(f"Saved:       {self.folder / model} (checked; transformers' from_pretrained reads it)")
         self.say(f"Samples:     {self.folder / 'samples.jsonl'}")
         self.say(f"Curves:      tensorboard --logdir {self.folder}")
 
     def close(self) -> None:
         self.bar.close()
-        if self.main:
+        if "writer" in vars(self):
             self.writer.close()
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _peak_resident_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """The most that any rank's process has held so far: allocated on the GPU, or resident."""
+    peaks = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, _peak_bytes())
+    return max(peaks)
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,8 +14,9 @@ import ppo
 import reinforce
 import remax
 import reward_model
+import spr
 
-SCRIPTS = {"remax.py": remax, "reinforce.py": reinforce, "ppo.py": ppo, "reward_model.py": reward_model}
+SCRIPTS = {"remax.py": remax, "reinforce.py": reinforce, "ppo.py": ppo, "spr.py": spr, "reward_model.py": reward_model}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
