@@ -172,6 +172,8 @@ class Phases:
     """
 
     def __init__(self):
+        import transformers.modeling_utils  # noqa: F401  (seconds, that would be spent in each forked process)
+
         self.process, self.signal, self.started = None, 0, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._hand_on)
