@@ -570,24 +570,28 @@ def micro_batches(rows: int, size: int) -> Iterator[tuple[slice, bool]]:
 def backward(engine, loss: torch.Tensor, last: bool) -> None:
     """Adds a micro-batch's gradients, divided by nothing; the last one makes the engine average over the ranks."""
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss, scale_wrt_gas=False)
+    one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite may have finite gradients, which must not count
+    engine.backward(loss * one, scale_wrt_gas=False)
 
 
-def optimizer_step(engine, learning_rate: float) -> tuple[float, bool]:
-    """Clips and steps -> (gradient norm before clipping, whether the step was skipped since it was not finite)."""
+def optimizer_step(engine, learning_rate: float) -> float:
+    """Clips and steps -> gradient norm before clipping. A step that is not finite is skipped and counted, on all ranks.
+
+    The count is `engine.skipped_steps`, which checkpoints keep.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         engine.step()
-        return float(engine.get_global_grad_norm()), not engine.was_step_applied()
+        return float(engine.get_global_grad_norm())
     # In float32 without ZeRO the engine neither tells the norm nor minds what it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    finite = bool(norm.isfinite())
-    if finite:
+    if norm.isfinite():
         engine.step()
     else:
         engine.zero_grad()
-    return norm.item(), not finite
+        engine.skipped_steps += 1
+    return norm.item()
 
 
 def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_updates: int) -> float:
@@ -915,7 +919,7 @@ class Run:
                 fail(f"--output-dir {self.folder}: {error.strerror}")
         dist.barrier()
         self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.main)
-        self.signal = 0
+        self.signal, self.skipped, self.not_finite = 0, 0, []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember_signal)
 
@@ -941,13 +945,24 @@ class Run:
             self.bar.write(text)
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
-        """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
+        """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar.
+
+        Ten updates in a row that skipped a step end the run.
+        """
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_bytes()
         peaks = [None] * dist.get_world_size()
         dist.all_gather_object(peaks, peak)
-        if not self.main:
-            return
         metrics = dict(update=update) | metrics | dict(peak_memory_bytes=max(peaks))
+        if self.main:
+            self._write_metrics(update, metrics)
+        first = next((name for name, value in metrics.items() if not math.isfinite(value)), "a gradient")
+        skipped = metrics.get("skipped_updates", 0)
+        self.not_finite = [*self.not_finite, f"{first} in update {update}"] if skipped > self.skipped else []
+        self.skipped = skipped
+        if len(self.not_finite) == 10:
+            fail(f"ten updates in a row were skipped; what was not finite first: {self.not_finite[0]}", status=1)
+
+    def _write_metrics(self, update: int, metrics: dict[str, float]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         for name, value in metrics.items():
@@ -985,6 +1000,7 @@ class Run:
         """-> the update to begin with."""
         for i, engine in enumerate(engines if self.checkpointed else []):
             engine.load_checkpoint(str(self.folder / "checkpoint" / f"update-{self.checkpointed}"), tag=f"engine-{i}")
+        self.skipped = sum(engine.skipped_steps for engine in engines)
         return self.checkpointed + 1
 
     def stop_if_asked(self, update: int, device: torch.device, *engines) -> None:

@@ -250,7 +250,7 @@ def main() -> None:
         advantages_BT, returns_BT = advantages(*estimates, mask_BT, args.kl_coef, args.gamma, args.gae_lambda)
         advantages_BT = whiten(advantages_BT, mask_BT)
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        losses, value_losses, log_ratios, grad_norms, skipped = [], [], [], [], 0
+        losses, value_losses, log_ratios, grad_norms = [], [], [], []
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B).split(minibatch_size):
                 denominator = common.global_sum(mask_BT[minibatch])  # real tokens, on all ranks
@@ -268,11 +268,9 @@ def main() -> None:
                     losses.append(loss.detach())
                     value_losses.append(loss_of_value.detach())
                     log_ratios.append((logprobs_BT.detach() - old_logprobs_BT[rows])[micro.mask_BT == 1])
-                grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+                grad_norms.append(common.optimizer_step(policy, learning_rate))
                 value_rate = learning_rate / args.learning_rate * args.value_learning_rate  # the same schedule
-                _, value_skipped = common.optimizer_step(value, value_rate)
-                grad_norms.append(grad_norm)
-                skipped += policy_skipped + value_skipped
+                common.optimizer_step(value, value_rate)
         grad_norm = sum(grad_norms) / len(grad_norms)
         seconds_train = clock.lap()
 
@@ -293,7 +291,8 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        skipped = policy.skipped_steps + value.skipped_steps
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)

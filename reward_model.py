@@ -243,7 +243,7 @@ def main() -> None:
             losses.append(loss.detach())
             margins.append((chosen_B - rejected_B).detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm, skipped = common.optimizer_step(reward_model, learning_rate)
+        grad_norm = common.optimizer_step(reward_model, learning_rate)
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
@@ -254,7 +254,7 @@ def main() -> None:
             loss=torch.stack(losses).sum() * world_size,
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=reward_model.skipped_steps)
         metrics |= dict(seconds_train=seconds_train)
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)
