@@ -194,6 +194,7 @@ def main() -> None:
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
     policy = common.load_policy(args.model, placement)
+    common.check_vocabulary(policy.model, tokenizer)
     eos_ids = common.eos_ids(policy.model, tokenizer)
     common.check_length(policy.model, args.max_prompt_length, args.response_length)
     policy = common.train_engine(policy, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
@@ -268,10 +269,11 @@ def main() -> None:
                     losses.append(loss.detach())
                     value_losses.append(loss_of_value.detach())
                     log_ratios.append((logprobs_BT.detach() - old_logprobs_BT[rows])[micro.mask_BT == 1])
-                grad_norms.append(common.optimizer_step(policy, learning_rate))
+                grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
                 value_rate = learning_rate / args.learning_rate * args.value_learning_rate  # the same schedule
-                common.optimizer_step(value, value_rate)
-        grad_norm = sum(grad_norms) / len(grad_norms)
+                _, value_skipped = common.optimizer_step(value, value_rate)
+                grad_norms.append(grad_norm)
+        grad_norm, skipped = sum(grad_norms) / len(grad_norms), policy_skipped + value_skipped
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
@@ -291,7 +293,6 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        skipped = policy.skipped_steps + value.skipped_steps
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):

@@ -200,6 +200,8 @@ def main() -> None:
 
     # 1. Models: a language model that gets a new head
     tokenizer = common.load_tokenizer(args.model)
+    if tokenizer.eos_token_id is None:
+        common.fail(f"{args.model}: the tokenizer has no EOS token, which ends what a reward model reads")
     model = common.load_classifier(args.model, placement)
     torch.manual_seed(args.seed)
     torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
@@ -243,7 +245,7 @@ def main() -> None:
             losses.append(loss.detach())
             margins.append((chosen_B - rejected_B).detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm = common.optimizer_step(reward_model, learning_rate)
+        grad_norm, skipped = common.optimizer_step(reward_model, learning_rate)
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
@@ -254,7 +256,7 @@ def main() -> None:
             loss=torch.stack(losses).sum() * world_size,
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=reward_model.skipped_steps)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_train=seconds_train)
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)

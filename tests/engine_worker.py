@@ -69,8 +69,9 @@ def with_the_engine(
             if poison and update == 1 and rank == world_size - 1:
                 loss = POISONS[poison](loss)
             common.backward(engine, loss, last)
-        norms.append(common.optimizer_step(engine, LEARNING_RATE))
-        skips.append(engine.skipped_steps)
+        norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
+        norms.append(norm)
+        skips.append(skipped)
     with common.whole_model(engine, device) as whole:
         return norms, {name: p.detach().clone() for name, p in whole.named_parameters()}, skips
 
