@@ -1,10 +1,15 @@
 """Ranks, ZeRO stages and micro-batches do not change the mathematics of any script."""
 
 import json
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import SCRIPTS, assert_ok, run_script
+from conftest import ROOT, SCRIPTS, assert_ok, read_metrics, run_script, script_environment
+from safetensors.torch import load_file
 from script_worker import run
 
 FLAGS = "--total-episodes 40 --batch-size 8 --eval-every 0 --lr-schedule constant --warmup-ratio 0 --max-grad-norm 1"
@@ -53,3 +58,47 @@ def test_all_stages_and_micro_batches_on_one_and_on_two_ranks(tmp_path, script, 
         assert_same(found, wanted, rate)
     for cell in cells:
         assert_same(run(**case(script, tmp_path / "one", *cell, rate)), wanted, rate)
+
+
+@pytest.mark.slow
+def test_two_nodes_run_as_one(tmp_path):
+    """Two launchers with a rank each, which meet on the loopback interface."""
+    flags = [*FLAGS.split(), "--response-length", "8", "--zero-stage", "2", "--output-dir"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        end_point = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", end_point, "--local_addr", "127.0.0.1"]
+    command = [*launcher, str(ROOT / "remax.py"), *flags, str(tmp_path / "nodes")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=script_environment())
+    nodes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert sorted("Saved:" in out for out in outs) == [False, True]  # rank 0 alone speaks
+    assert_ok(run_script("remax.py", *flags, tmp_path / "node", ranks=2))
+    found, wanted = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("nodes", "node"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise KeyError('no such film')"])
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path, end, rank, zero_stage):
+    code = f"""
+import os, time
+calls = 0
+def reward(prompts, responses, **columns):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ['RANK'] == '{rank}':
+        open({str(tmp_path / "died")!r}, 'w').close()
+        {end}
+    return [float(len(text)) for text in responses]
+"""
+    (tmp_path / "f.py").write_text(code)
+    flags = [*FLAGS.split(), "--response-length", "8", "--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
+    result = run_script("remax.py", *flags, "--reward-function", f"{tmp_path}/f.py:reward", ranks=2)
+    assert result.returncode == 1 and time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert ("f.py:reward raised KeyError" if "raise" in end else "SIGKILL") in result.stderr
+    assert [row["update"] for row in read_metrics(tmp_path / "r")] == [1, 2]
