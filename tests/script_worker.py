@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from deepspeed.utils import safe_get_full_grad
 from engine_worker import POISONS
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -40,15 +41,15 @@ def fixed_responses(update):
     return generate
 
 
-def run(script: str, flags: list, fixed=False, poisoned=(0, 0, "loss")) -> dict:
+def run(script: str, flags: list, fixed=False, poisoned=(0, 0, "loss"), spoiled=False) -> dict:
     """main() of a script -> its exit status, its gradients (one flat tensor per optimizer step) and its last weights.
 
     `fixed`: the responses do not depend on the policy. `poisoned`: (first, last, how): in these updates the last rank's
-    losses or gradients are not finite.
+    losses or gradients are not finite. `spoiled`: what is saved is not quite what was trained.
     """
     module, update, seen = importlib.import_module(script), 0, dict(status=0, gradients=[], weights={})
     first, last, how = poisoned
-    step, set_seed = common.optimizer_step, common.set_seed
+    step, set_seed, save_model = common.optimizer_step, common.set_seed, common.save_model
 
     def watched_step(engine, *args):
         parameters = dict(engine.module.named_parameters())
@@ -65,24 +66,25 @@ def run(script: str, flags: list, fixed=False, poisoned=(0, 0, "loss")) -> dict:
         update = numbers[1]
         set_seed(*numbers)
 
-    def keep_weights(module, *args):
-        with common.whole_model(module, torch.device("cpu")) as model:
+    def watched_save(engine, tokenizer, folder, device):
+        with common.whole_model(engine, device) as model:
             seen["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        save_model(engine, tokenizer, folder, device)
+        if spoiled:
+            saved = load_file(folder / "model.safetensors")
+            save_file({name: p * 1.5 for name, p in saved.items()}, folder / "model.safetensors", dict(format="pt"))
 
     with contextlib.ExitStack() as stack:
         for target, name, new in (
             (common, "optimizer_step", watched_step),
             (common, "set_seed", counted_seed),
-            (common, "save_model", keep_weights),
-            (common, "check_saved", lambda *args: None),
-            (module, "check_saved", lambda *args: None),  # reward_model.py has one of its own
+            (common, "save_model", watched_save),
             (common.dist, "destroy_process_group", lambda: None),  # the next run needs it
             (signal, "signal", lambda *args: None),
             (sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)]),
             *([(common, "generate", fixed_responses(lambda: update))] if fixed else []),
         ):
-            if hasattr(target, name):
-                stack.enter_context(patch.object(target, name, new))
+            stack.enter_context(patch.object(target, name, new))
         for name, loss in [(name, value) for name, value in vars(module).items() if name in LOSSES]:
             stack.enter_context(patch.object(module, name, functools.partial(poisoned_loss, loss)))
         try:

@@ -113,7 +113,7 @@ def test_rotary_frequencies_stay_float32(zero_stage):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied and untied embeddings
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage, dtype):
     import transformers

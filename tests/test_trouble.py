@@ -1,4 +1,4 @@
-"""Numerical trouble and odd responses: what is not finite is skipped, and extreme rewards give the right gradients."""
+"""Numerical trouble and odd responses; what is saved is what was trained."""
 
 import json
 
@@ -42,6 +42,17 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, c
 def test_nine_bad_updates_in_a_row_do_not(tmp_path):
     assert run("remax", flags_of("remax", tmp_path, 22), poisoned=(2, 10, "loss"))["status"] == 0
     assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 9
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dtype, zero_stage", [("float32", 3), ("bfloat16", 2)])
+def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
+    flags = [*flags_of(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]
+    assert run(script, [*flags, "--output-dir", tmp_path / "sound"])["status"] == 0
+    assert "Saved: " in capsys.readouterr().out
+    assert run(script, flags, spoiled=True)["status"] == 1
+    out, err = capsys.readouterr()
+    assert "of the saved model are off by" in err and "Saved: " not in out
 
 
 def function(folder, code) -> list:
