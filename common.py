@@ -108,7 +108,7 @@ NonNegativeInt = Annotated[int, _flag(int, lambda n: n >= 0, "a whole number, 0 
 PositiveFloat = Annotated[float, _flag(float, lambda x: 0 < x < math.inf, "a number above 0")]
 NonNegativeFloat = Annotated[float, _flag(float, lambda x: 0 <= x < math.inf, "a number, 0 or above")]
 Fraction = Annotated[float, _flag(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")]
-PathOrName = Annotated[str, _flag(_absolute, lambda path: True, "a path", _short)]
+PathOrName = Annotated[str, _flag(_absolute, bool, "a path", _short)]
 
 
 def parse_args(Args: type):
@@ -126,16 +126,15 @@ def parse_args(Args: type):
     if not args.resume:
         return args
     try:
-        saved = json.loads(Path(args.resume, "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        saved = dict(json.loads(Path(args.resume, "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         fail(f"--resume {args.resume}: no readable args.json there ({error})")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if saved.pop("ranks", ranks) != ranks:
         fail(f"--resume {args.resume}: that run had another number of ranks than {ranks}")
-    try:
-        resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
-    except TypeError as error:
-        fail(f"--resume {args.resume}: its args.json is of another script or version ({error})")
+    if saved.keys() != {field.name for field in dataclasses.fields(Args)}:
+        fail(f"--resume {args.resume}: its args.json is of another script or version")
+    resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
     args = parse(default=resumed)
     for flag, old in dataclasses.asdict(resumed).items():
         if (new := getattr(args, flag)) != old:
@@ -311,6 +310,7 @@ def load_rows(path: str, split: str = "train") -> list[tuple[str, dict]]:
         import datasets  # slow to import, and only wanted here
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told below
         try:
             parquet = suffix == ".parquet"
             table = datasets.Dataset.from_parquet(path) if parquet else datasets.load_dataset(path, split=split)
@@ -337,7 +337,7 @@ def _read_json(path: str, text: str, lines: bool) -> Iterator[tuple[str, dict]]:
         if not lines:
             entries = json.loads(text)
             rows = [(f"{path}: entry {i}", row) for i, row in enumerate(entries, start=1)]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         fail(f"{path}{f':{number}' if number else ''}: {error}; wanted is {wanted}")
     for where, row in rows:
         if not isinstance(row, dict):
@@ -347,11 +347,14 @@ def _read_json(path: str, text: str, lines: bool) -> Iterator[tuple[str, dict]]:
 
 def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        if None in row or None in row.values():
-            fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
-        yield f"{path}:{reader.line_num}", row
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:  # such as a quote that is never closed, which would swallow the rest of the file
+        fail(f"{path}:{reader.line_num + 1}: {error}")
 
 
 def read_text(row: dict, column: str, where: str, tokenizer) -> str:
@@ -361,8 +364,9 @@ def read_text(row: dict, column: str, where: str, tokenizer) -> str:
     value = row[column]
     if isinstance(value, str):
         return value
-    is_chat = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    if not is_chat or not value:
+    messages = value if isinstance(value, list) else []
+    is_chat = all(isinstance(m, dict) and isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+    if not is_chat or not messages:
         kind = "null" if value is None else f"a {type(value).__name__}"
         fail(f"{where}: {column!r} is {kind}; wanted is a text or a list of {{role, content}} messages")
     if not tokenizer.chat_template:
@@ -507,20 +511,26 @@ class Placement:
 
 def load_tokenizer(path: str):
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a missing folder, a broken file, no network: each raises its own
         fail(f"{path}: no tokenizer could be loaded: {_first_line(error)}")
+    if not tokenizer.vocab_size:  # what transformers makes of a folder without the tokenizer's files
+        fail(f"{path}: no tokenizer could be loaded: it has no vocabulary")
+    return tokenizer
 
 
 def load_model(path: str, auto_class, placement: Placement, new_head: bool = False, **kwargs):
     """A model of a local folder or a hub name, from safetensors only, without dropout; `new_head`: its head is new."""
     kwargs |= dict(dtype=getattr(torch, placement.dtype), attn_implementation=placement.attention)
+    kwargs |= dict(use_safetensors=True, trust_remote_code=False)
     try:
-        model, info = auto_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except Exception as error:
         fail(f"{path}: no model could be loaded: {_first_line(error)}")
     if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
+    if "score.weight" in info["unexpected_keys"]:
+        fail(f"{path}: is a reward model; wanted is a language model")
     for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
@@ -536,7 +546,13 @@ def eos_ids(model, tokenizer) -> list[int]:
     """Every id that ends a response: chat models often have several."""
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    return sorted(ids) or fail("neither the model's generation_config nor its tokenizer names an EOS token")
+    return sorted(ids) or fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
+
+
+def check_vocabulary(model, tokenizer) -> None:
+    embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > embeddings:
+        fail(f"{model.name_or_path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
 
 
 def check_length(model, max_prompt_length: int, response_length: int) -> None:
@@ -585,9 +601,12 @@ class ResponseLogprobs(nn.Module):
         attention = model.config._attn_implementation
         model.set_attn_implementation("eager")  # for the check: flash attention does not run on a CPU
         with torch.no_grad():
-            direct = self.whole(ids).logits[0, 1:3].float().log_softmax(-1)[[0, 1], [2, 3]]
+            direct = self.whole(ids[:, :3]).logits[0, 1:3].float().log_softmax(-1)[[0, 1], [2, 3]]
+            if direct.isnan().any():
+                fail(f"{model.name_or_path}: has weights that are not finite")
             if not torch.allclose(direct, self(ids[:, :2], ones, ids[:, 2:], 1.0)[0], atol=0.1):
-                fail(f"{type(model).__name__} changes its logits after the output embedding, which is not supported")
+                fault = "is not causal, or changes its logits after the output embedding"
+                fail(f"{model.name_or_path}: a {type(model).__name__} {fault}, which is not supported")
         model.set_attn_implementation(attention)
         self.train()  # gradient checkpointing works in training mode only
 
@@ -674,24 +693,25 @@ def micro_batches(rows: int, size: int) -> Iterator[tuple[slice, bool]]:
 def backward(engine, loss: torch.Tensor, last: bool) -> None:
     """Adds a micro-batch's gradients, divided by nothing; the last one makes the engine average over the ranks."""
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss, scale_wrt_gas=False)
+    one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite may have finite gradients, which must not count
+    engine.backward(loss * one, scale_wrt_gas=False)
 
 
-def optimizer_step(engine, learning_rate: float) -> tuple[float, bool]:
-    """Clips and steps -> (gradient norm before clipping, whether the step was skipped since it was not finite)."""
+def optimizer_step(engine, learning_rate: float) -> tuple[float, int]:
+    """Clips and steps -> (gradient norm before clipping, steps skipped in the whole run since it was not finite)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         engine.step()
-        return float(engine.get_global_grad_norm()), not engine.was_step_applied()
+        return float(engine.get_global_grad_norm()), engine.skipped_steps
     # In float32 without ZeRO the engine neither tells the norm nor minds what it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    finite = bool(norm.isfinite())
-    if finite:
+    if norm.isfinite():
         engine.step()
     else:
         engine.zero_grad()
-    return norm.item(), not finite
+        engine.skipped_steps += 1  # which checkpoints keep
+    return norm.item(), engine.skipped_steps
 
 
 def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_updates: int) -> float:
@@ -908,6 +928,7 @@ def load_classifier(path: str, placement: Placement):
     tokenizer = load_tokenizer(path)
     classifier = transformers.AutoModelForSequenceClassification
     model = load_model(path, classifier, placement, new_head=True, num_labels=1)
+    check_vocabulary(model, tokenizer)
     pad = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad  # else transformers takes no batches
     return model
@@ -946,6 +967,7 @@ def reward_model_function(path: str, placement: Placement) -> Callable[..., list
     if tokenizer.eos_token_id is None:
         fail(f"{path}: the reward model's tokenizer has no EOS token, which ends what it reads")
     model = load_model(path, transformers.AutoModelForSequenceClassification, placement, num_labels=1)
+    check_vocabulary(model, tokenizer)
     max_length = getattr(model.config, "max_position_embeddings", sys.maxsize)
     mean = getattr(model.config, "reward_mean", 0.0)
     scorer = freeze(LastTokenScore(model), placement)
@@ -969,7 +991,7 @@ def function_from_file(spec: str) -> Callable[..., list[float]]:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fail(f"{spec}: importing the file raised {type(error).__name__}: {_first_line(error)}")
     if not callable(getattr(module, name, None)):
         fail(f"{spec}: the file has no function {name!r}")
@@ -990,12 +1012,12 @@ class Reward:
         columns = {name: [prompt.columns.get(name) for prompt in responses.prompts] for name in names}
         try:
             scores = [float(score) for score in self.function(prompts, list(responses.texts), **columns)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fail(f"{self.name} raised {type(error).__name__}: {_first_line(error)}", status=1)
         if len(scores) != len(prompts):
             fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
         for score, text in zip(scores, responses.texts, strict=True):
-            if not math.isfinite(score):
+            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
                 fail(f"{self.name} returned {score} for the response {text!r}", status=1)
         rewards_B = torch.tensor(scores, device=responses.ended_B.device)
         return rewards_B - self.missing_eos_penalty * ~responses.ended_B
@@ -1107,23 +1129,29 @@ class Run:
         dist.broadcast_object_list(name)
         self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
         latest = self.folder / "checkpoint" / "latest"
-        self.checkpointed = int(latest.read_text()) if args.resume and latest.exists() else 0
-        if args.resume and done is None and not self.checkpointed:
+        self.checkpointed = latest.read_text() if args.resume and latest.exists() else "0"
+        if args.resume and done is None and not latest.exists():
             fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
-        if not args.resume and (self.folder / "args.json").exists():
-            fail(f"--output-dir {self.folder} already holds a run: choose another, or continue it with --resume")
+        if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+            fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
+        if not self.checkpointed.isdecimal():
+            fail(f"--resume {self.folder}: {latest} names no update")
+        self.checkpointed = int(self.checkpointed)
         if done is not None and self.checkpointed <= done:
             self.checkpointed = 0
         dist.barrier()  # every rank has looked before rank 0 writes
+        fault = [None]
         if self.main:
             try:
                 self._open_folder(args, self.checkpointed or (0 if done is None else done))
             except OSError as error:
-                fail(f"--output-dir {self.folder}: {error.strerror}")
-        dist.barrier()
+                fault = [error.strerror]
+        dist.broadcast_object_list(fault)  # all ranks end together
+        if fault[0]:
+            fail(f"--output-dir {self.folder}: {fault[0]}")
         self.bar = tqdm(total=total, unit=unit, disable=not (self.main and total))
         self.bar.update(self.checkpointed)
-        self.signal = 0
+        self.signal, self.skipped, self.not_finite = 0, 0, []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember_signal)
 
@@ -1150,10 +1178,21 @@ class Run:
             self.bar.write(text)
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
-        """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
+        """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar.
+
+        Ten updates in a row that skipped a step end the run.
+        """
         metrics = dict(update=update, peak_memory_bytes=peak_memory_bytes()) | metrics
-        if not self.main:
-            return
+        if self.main:
+            self._write_metrics(update, metrics)
+        first = next((name for name, value in metrics.items() if not math.isfinite(value)), "a gradient")
+        skipped = metrics.get("skipped_updates", 0)
+        self.not_finite = [*self.not_finite, f"{first} in update {update}"] if skipped > self.skipped else []
+        self.skipped = skipped
+        if len(self.not_finite) == 10:
+            fail(f"ten updates in a row were skipped; what was not finite first: {self.not_finite[0]}", status=1)
+
+    def _write_metrics(self, update: int, metrics: dict[str, float]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         for name, value in metrics.items():
@@ -1191,8 +1230,15 @@ class Run:
 
     def load_checkpoint(self, *engines) -> int:
         """-> the update to begin with."""
+        folder = self.folder / "checkpoint" / f"update-{self.checkpointed}"
         for i, engine in enumerate(engines if self.checkpointed else []):
-            engine.load_checkpoint(str(self.folder / "checkpoint" / f"update-{self.checkpointed}"), tag=f"engine-{i}")
+            try:
+                loaded, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}")
+            except Exception as error:  # whatever pickle and DeepSpeed make of a broken file
+                fail(f"--resume {self.folder}: {folder} could not be read: {_first_line(error)}")
+            if not loaded:
+                fail(f"--resume {self.folder}: {folder} is not there or not whole")
+        self.skipped = sum(engine.skipped_steps for engine in engines)
         return self.checkpointed + 1
 
     def stop_if_asked(self, update: int, device: torch.device, *engines) -> None:

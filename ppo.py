@@ -194,6 +194,7 @@ def main() -> None:
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
     policy = common.load_policy(args.model, placement)
+    common.check_vocabulary(policy.model, tokenizer)
     eos_ids = common.eos_ids(policy.model, tokenizer)
     common.check_length(policy.model, args.max_prompt_length, args.response_length)
     policy = common.train_engine(policy, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
@@ -250,7 +251,7 @@ def main() -> None:
         advantages_BT, returns_BT = advantages(*estimates, mask_BT, args.kl_coef, args.gamma, args.gae_lambda)
         advantages_BT = whiten(advantages_BT, mask_BT)
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        losses, value_losses, log_ratios, grad_norms, skipped = [], [], [], [], 0
+        losses, value_losses, log_ratios, grad_norms = [], [], [], []
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B).split(minibatch_size):
                 denominator = common.global_sum(mask_BT[minibatch])  # real tokens, on all ranks
@@ -272,8 +273,7 @@ def main() -> None:
                 value_rate = learning_rate / args.learning_rate * args.value_learning_rate  # the same schedule
                 _, value_skipped = common.optimizer_step(value, value_rate)
                 grad_norms.append(grad_norm)
-                skipped += policy_skipped + value_skipped
-        grad_norm = sum(grad_norms) / len(grad_norms)
+        grad_norm, skipped = sum(grad_norms) / len(grad_norms), policy_skipped + value_skipped
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
@@ -293,7 +293,7 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)

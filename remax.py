@@ -159,6 +159,7 @@ def main() -> None:
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
     policy = common.load_policy(args.model, placement)
+    common.check_vocabulary(policy.model, tokenizer)
     eos_ids = common.eos_ids(policy.model, tokenizer)
     common.check_length(policy.model, args.max_prompt_length, args.response_length)
     policy = common.train_engine(policy, placement, B, args.max_grad_norm, args.gradient_checkpointing)
@@ -236,7 +237,7 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = scorers["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)

@@ -200,6 +200,8 @@ def main() -> None:
 
     # 1. Models: a language model that gets a new head
     tokenizer = common.load_tokenizer(args.model)
+    if tokenizer.eos_token_id is None:
+        common.fail(f"{args.model}: the tokenizer has no EOS token, which ends what a reward model reads")
     model = common.load_classifier(args.model, placement)
     torch.manual_seed(args.seed)
     torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
@@ -254,7 +256,7 @@ def main() -> None:
             loss=torch.stack(losses).sum() * world_size,
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         metrics |= dict(seconds_train=seconds_train)
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(reward_model, eval_pairs, pairs_at_once, device)

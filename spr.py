@@ -285,6 +285,7 @@ def generate(args, it: Iteration) -> dict:
     if N or it.eval_prompts:
         tokenizer = common.load_tokenizer(args.model)
         policy = common.load_policy(it.policy, placement)
+        common.check_vocabulary(policy.model, tokenizer)
         eos_ids = common.eos_ids(policy.model, tokenizer)
         common.check_length(policy.model, args.max_prompt_length, args.response_length)
         policy = common.freeze(policy, placement)
@@ -465,7 +466,7 @@ def train(args, it: Iteration) -> dict:
     for step, loss, learning_rate, grad_norm, skipped in optimize(policy, args, it, rows_of, loss_of, first):
         update = it.updates_before + step
         metrics = dict(episodes=it.k * len(it.prompts)) | common.global_means(device, loss=loss)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=int(skipped))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
         if step < it.num_updates:
             run.log(update, metrics)
             if args.save_every and update % args.save_every == 0:

@@ -14,9 +14,21 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
+SCRIPTS = ("remax", "reinforce", "ppo", "reward_model")
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not run by default; `pytest -q -m slow tests` runs these tests alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
 
 
 def script_environment() -> dict[str, str]:

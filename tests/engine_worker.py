@@ -14,6 +14,10 @@ import remax
 ROWS, TEMPERATURE, LEARNING_RATE, MAX_GRAD_NORM = 8, 0.8, 1e-3, 1.0
 
 
+# Infinity in the loss leaves its gradients finite; the root of 0 is 0 and its gradient is not finite.
+POISONS = dict(loss=lambda loss: loss + float("inf"), gradient=lambda loss: loss + (0 * loss).sqrt())
+
+
 def data():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 50, (ROWS, 14), generator=generator)
@@ -48,7 +52,7 @@ def with_plain_torch(model, updates=5):
 def with_the_engine(
     model, zero_stage, micro_batch_size, dtype="float32", updates=5, poison=None, checkpointing=False, offload=False
 ):
-    """-> (gradient norms, weights, which steps were skipped); in the update `poison` rank 0's loss is NaN."""
+    """-> (gradient norms, weights, skipped steps after each update); `poison`: in the second, on the last rank."""
     rank, world_size, device = common.start_processes()
     rows = ROWS // world_size
     placement = common.Placement(device, dtype, "sdpa", zero_stage, offload, micro_batch_size)
@@ -62,7 +66,9 @@ def with_the_engine(
                 whole(torch.arange(4)[None])
         for chunk, last in common.micro_batches(rows, micro_batch_size):
             loss = losses(engine, chunk, batch) * world_size
-            common.backward(engine, loss * (float("nan") if update == poison and rank == 0 else 1.0), last)
+            if poison and update == 1 and rank == world_size - 1:
+                loss = POISONS[poison](loss)
+            common.backward(engine, loss, last)
         norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
         norms.append(norm)
         skips.append(skipped)
@@ -99,6 +105,10 @@ if __name__ == "__main__":
         for stage, micro in zip(cases[::2], cases[1::2], strict=True)
         for kind, dtype in kinds
     }
+    for stage in range(4):
+        for poison in POISONS:
+            model = tiny_model("llama")
+            results["poisoned", stage, poison] = with_the_engine(model, stage, 2, updates=3, poison=poison)
     results["widths"] = rollout_and_train(tiny_model("llama", vocab_size=4000))
     if torch.distributed.get_rank() == 0:
         torch.save(results, out)

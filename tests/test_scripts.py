@@ -49,39 +49,6 @@ def test_ppo_with_one_step_per_rollout_has_ratio_one(tmp_path):
         assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0 and abs(row["loss"]) < 1e-5
 
 
-def test_ppo_on_two_ranks_does_not_depend_on_the_stage(tmp_path):
-    rows = []
-    for stage in (0, 3):
-        flags = ("--zero-stage", stage, "--num-minibatches", "2", "--output-dir", tmp_path / str(stage))
-        assert_ok(run_script("ppo.py", *TINY, *flags, ranks=2))
-        rows.append(read_metrics(tmp_path / str(stage)))
-    for a, b in zip(*rows, strict=True):
-        for name in ("reward", "kl", "loss", "value_loss", "clip_fraction", "grad_norm"):
-            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4)
-
-
-def resumed_is_the_same(name: str, saved: str, folder) -> bool:
-    from safetensors.torch import load_file
-
-    flags = "--total-episodes 32 --batch-size 8 --eval-size 7 --eval-every 2 --save-every 3".split()
-    assert_ok(run_script(f"{name}.py", *flags, "--output-dir", folder))
-    runs = []
-    for again in (False, True):
-        if again:  # from the checkpoint after update 3, as if update 4 had never been
-            assert_ok(run_script(f"{name}.py", "--resume", folder))
-        rows = read_metrics(folder)
-        rows = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
-        runs.append((rows, (folder / "samples.jsonl").read_text(), load_file(folder / saved / "model.safetensors")))
-    before, after = runs
-    return before[:2] == after[:2] and all(torch.equal(after[2][key], wanted) for key, wanted in before[2].items())
-
-
-def test_resume_is_exact(tmp_path):
-    names = (("ppo", "policy"), ("reinforce", "policy"), ("reward_model", "reward_model"))
-    cases = [(name, saved, tmp_path / name) for name, saved in names]
-    assert together(resumed_is_the_same, *cases) == [True] * 3
-
-
 def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
     placement = common.Placement(torch.device("cpu"), "float32", "sdpa", 0, False, 4)
     paths = (str(common.EXAMPLE / "reward_model"), str(common.EXAMPLE / "policy"))
@@ -116,25 +83,6 @@ def test_a_reward_model_is_trained_and_remax_uses_it(tmp_path):
     chosen = [row["reward"] for row in samples if row["update"] == rows[-1]["update"] and row["chosen"]]
     assert model.config.reward_mean == pytest.approx(sum(chosen) / len(chosen), abs=1e-4) and len(chosen) == 200
     assert_ok(run_script("remax.py", *TINY, "--reward-model", folder, "--output-dir", tmp_path / "remax"))
-
-
-def test_a_reward_model_does_not_depend_on_ranks_stages_and_micro_batches(tmp_path):
-    from safetensors.torch import load_file
-
-    flags = "--total-episodes 40 --batch-size 8 --eval-size 7 --eval-every 3".split()
-    cases = dict(
-        one=(1, "--micro-batch-size", "16"), small=(1, "--micro-batch-size", "3"), two=(2, "--zero-stage", "3")
-    )
-
-    def run(name, ranks, *more):
-        return run_script("reward_model.py", *flags, *more, "--output-dir", tmp_path / name, ranks=ranks)
-
-    for result in together(run, *((name, *case) for name, case in cases.items())):
-        assert_ok(result)
-    weights = {name: load_file(tmp_path / name / "reward_model" / "model.safetensors") for name in cases}
-    for name in ("small", "two"):
-        for key, wanted in weights["one"].items():
-            torch.testing.assert_close(weights[name][key], wanted, rtol=1e-4, atol=5e-5)
 
 
 def load(path, tokenizer, max_prompt_length=64, max_length=128):

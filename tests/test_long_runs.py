@@ -1,0 +1,59 @@
+"""Runs of many updates (slow): they do not leak, and however often they are killed they end with the same weights."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+from conftest import SCRIPTS, assert_ok, run_script
+from test_resume import ROOT, finish, latest, started, state
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_leaks(tmp_path, script, zero_stage):
+    flags = "--total-episodes 1200 --batch-size 4 --eval-every 10 --eval-size 4 --save-every 10".split()
+    flags += [] if script == "reward_model" else ["--response-length", "8"]
+    flags += ["--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
+    assert_ok(run_script("tests/measured.py", tmp_path / "m.jsonl", f"{script}.py", *flags))
+    rows = {row["update"]: row for row in map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())}
+    print([(n, rows[n]["resident"] >> 20, rows[n]["files"]) for n in (1, 50, 100, 200, 300)])
+    assert rows[300]["resident"] < 1.02 * rows[50]["resident"]
+    assert rows[300]["files"] == rows[50]["files"]
+
+
+@pytest.mark.parametrize("script, episodes", [("remax", 9600), ("ppo", 4800)])
+def test_killed_again_and_again(tmp_path, script, episodes):
+    """Two ranks, SIGKILL at random moments, at least ten times, starts and saves included."""
+    flags = f"--total-episodes {episodes} --batch-size 8 --response-length 16 --eval-every 100 --eval-size 8".split()
+    command = [ROOT / f"{script}.py", *flags, "--save-every", "3", "--zero-stage", "2", "--output-dir"]
+    whole, parts, kills, begin = tmp_path / "whole", tmp_path / "parts", 0, time.time()
+    start = [*command, parts]
+    while latest(parts) < episodes // 8:
+        with started(start, 2) as processes:
+            end = time.time() + random.uniform(0, 60)
+            while time.time() < end and any(process.poll() is None for process in processes):
+                time.sleep(0.01)
+            codes = [process.poll() for process in processes]
+            assert set(codes) <= {None, 0}, [process.communicate()[0][-2000:] for process in processes]
+            kills += None in codes
+            for process in random.sample(processes, 2):
+                process.kill()
+                time.sleep(random.choice([0, 0.5]))
+        # Without a checkpoint there is nothing to resume: begin anew elsewhere.
+        if latest(parts):
+            start = [command[0], "--resume", parts]
+        elif parts.exists():
+            parts = parts.with_name(f"{parts.name}-again")
+            start = [*command, parts]
+    finish([command[0], "--resume", parts], 2)
+    seconds, begin = time.time() - begin, time.time()
+    finish([*command, whole], 2)
+    print(f"{script}: {kills} kills in {seconds:.0f} s; undisturbed {time.time() - begin:.0f} s")
+    assert kills >= 10
+    (rows, samples, wanted), (again, samples_again, found) = (state(script, path) for path in (whole, parts))
+    assert again == rows and samples_again == samples
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -1,0 +1,122 @@
+"""Numerical trouble and odd responses; what is saved is what was trained."""
+
+import json
+
+import pytest
+import torch
+from conftest import SCRIPTS, read_metrics
+from script_worker import run
+
+import common
+import ppo
+
+FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
+ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
+
+
+def flags_of(script, folder, updates, *more):
+    short = [] if script == "reward_model" else ["--response-length", "6"]
+    short += ["--num-epochs", "1"] if script == "ppo" else []
+    return [*FLAGS, "--total-episodes", 4 * updates, *short, *more, "--output-dir", f"{folder}/r"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
+    found = run(script, flags_of(script, tmp_path, 4), poisoned=(2, 3, "loss"))
+    rows = read_metrics(tmp_path / "r")
+    steps = 2 if script == "ppo" else 1  # of the policy and of the value model
+    assert found["status"] == 0 and [row["skipped_updates"] for row in rows] == [0, steps, 2 * steps, 2 * steps]
+    assert [row["loss"] is None for row in rows] == [row["grad_norm"] is None for row in rows] == [0, 1, 1, 0]
+    assert all(weights.isfinite().all() for weights in found["weights"].values())
+
+
+@pytest.mark.parametrize("script, how", [*((script, "loss") for script in SCRIPTS), ("remax", "gradient")])
+def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
+    found = run(script, flags_of(script, tmp_path, 14), poisoned=(3, 99, how))
+    first = dict(loss="loss", gradient="grad_norm")[how]
+    line = f"error: ten updates in a row were skipped; what was not finite first: {first} in update 3\n"
+    assert found["status"] == 1 and capsys.readouterr().err.count(line) == 1
+    assert len(read_metrics(tmp_path / "r")) == 12
+
+
+def test_nine_bad_updates_in_a_row_do_not(tmp_path):
+    assert run("remax", flags_of("remax", tmp_path, 22), poisoned=(2, 10, "loss"))["status"] == 0
+    assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 9
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dtype, zero_stage", [("float32", 3), ("bfloat16", 2)])
+def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
+    flags = [*flags_of(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]
+    assert run(script, [*flags, "--output-dir", tmp_path / "sound"])["status"] == 0
+    assert "Saved: " in capsys.readouterr().out
+    assert run(script, flags, spoiled=True)["status"] == 1
+    out, err = capsys.readouterr()
+    assert "of the saved model are off by" in err and "Saved: " not in out
+
+
+def function(folder, code) -> list:
+    (folder / "f.py").write_text(f"def reward(prompts, responses, **columns):\n    return {code}\n")
+    return ["--reward-function", f"{folder}/f.py:reward"]
+
+
+@pytest.mark.parametrize("script", ["remax", "reinforce"])
+def test_gradients_grow_with_the_rewards_up_to_ten_thousand(tmp_path, script):
+    gradients = []
+    for scale in (1, 1e4):
+        rewards = function(tmp_path, f"[{scale} * (len(text) % 3 - 1) for text in responses]")
+        flags = flags_of(script, tmp_path / str(scale), 1, "--kl-coef", "0", *rewards)
+        gradients += run(script, flags, fixed=True)["gradients"]
+    assert gradients[0].norm() > 0
+    assert (gradients[1] / 1e4 - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_whitened_advantages_do_not_depend_on_the_size_of_the_rewards(tmp_path):
+    gradients = []
+    for scale in (1, 1e4):
+        rewards = function(tmp_path, f"[{scale} * (len(text) % 3 - 1) for text in responses]")
+        found = run("ppo", flags_of("ppo", tmp_path / str(scale), 1, "--kl-coef", "0", *rewards), fixed=True)
+        gradients.append(found["gradients"][0])  # the policy's; the value model's is the second
+        assert found["status"] == 0 and found["gradients"][1].isfinite().all()
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_equal_rewards_teach_nothing(tmp_path):
+    rewards = function(tmp_path, "[7.0] * len(responses)")
+    loo = ["--baseline", "leave-one-out", "--num-samples", "2"]
+    for script, more in (("remax", []), ("reinforce", loo)):
+        found = run(script, flags_of(script, tmp_path / script, 3, "--kl-coef", "0", *rewards, *more))
+        assert found["status"] == 0 and all((gradient == 0).all() for gradient in found["gradients"])
+        assert [row["grad_norm"] for row in read_metrics(tmp_path / script / "r")] == [0, 0, 0]
+    common.start_processes()
+    assert (ppo.whiten(torch.full((2, 3), 7.0), torch.tensor([[1, 1, 0], [1, 1, 1]])) == 0).all()
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, script):
+    """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
+    texts = [" the", " a", " movie", " plot"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=text)) + "\n" for text in texts))
+    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
+    ids = torch.tensor([common.encode(tokenizer, text)[:1] for text in texts])
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=tokenizer.decode(row))) + "\n" for row in ids))
+
+    def only_eos(model, prompts_BP, prompt_mask_BP, *, num_samples, greedy, eos_ids, **settings):
+        assert prompts_BP.shape[1] == 1
+        return torch.full((len(prompts_BP) * (num_samples + greedy), 1), eos_ids[0])
+
+    monkeypatch.setattr(common, "generate", only_eos)
+    rewards = function(tmp_path, "[2.0 if text == '' else 1 / 0 for text in responses]")
+    found = run(script, flags_of(script, tmp_path, 1, "--dataset", tmp_path / "p.jsonl", *rewards))
+    (row,) = read_metrics(tmp_path / "r")
+    assert found["status"] == 0 and row["response_length"] == 1 and row["truncated_fraction"] == 0
+    assert row["reward"] == 2 and row["kl"] == pytest.approx(0, abs=1e-6)
+    model = common.load_policy(str(common.EXAMPLE / "policy"), CPU)
+    logprobs = model(ids, torch.ones_like(ids), torch.full_like(ids, tokenizer.eos_token_id), 1.0)
+    # ReMax: the greedy response is the same one. PPO: equal advantages are whitened to 0.
+    (2 * logprobs.mean() * -1 * (script == "reinforce")).backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found["gradients"][0], wanted, rtol=1e-4, atol=1e-6)
+
+
+CPU = common.Placement(torch.device("cpu"), "float32", "sdpa", 0, False, 4)
