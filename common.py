@@ -421,6 +421,9 @@ def load_model(path: str, auto_class, placement: Placement, new_head: bool = Fal
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
                 setattr(module, name, 0.0)
+        for name, child in module.named_children():
+            if isinstance(child, transformers.activations.NewGELUActivation):  # eight kernels for what one computes
+                setattr(module, name, nn.GELU("tanh"))
     return model
 
 
@@ -525,6 +528,8 @@ def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, 
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if placement.zero_stage == 0 and dist.get_world_size() == 1:  # one rank need not copy gradients to average them
+        engine.enable_backward_allreduce = False
     for state in optimizer.state.values():
         state["step"].zero_()  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
