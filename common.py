@@ -535,6 +535,9 @@ def load_model(path: str, auto_class, placement: Placement, new_head: bool = Fal
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
                 setattr(module, name, 0.0)
+        for name, child in module.named_children():
+            if isinstance(child, transformers.activations.NewGELUActivation):  # eight kernels for what one computes
+                setattr(module, name, nn.GELU("tanh"))
     return model
 
 
@@ -648,6 +651,8 @@ def train_engine(module, placement: Placement, rows: int, max_grad_norm: float, 
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if placement.zero_stage == 0 and dist.get_world_size() == 1:  # one rank need not copy gradients to average them
+        engine.enable_backward_allreduce = False
     for state in optimizer.state.values():
         state["step"].zero_()  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
@@ -790,26 +795,38 @@ def generate(
     cache = transformers.DynamicCache(config=model.config)
     positions_BP = position_ids(prompt_mask_BP)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
-    logits_RV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
+    logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
     cache.reorder_cache(index_R)
-    mask_RL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, length)], 1)
-    next_position_R1 = positions_BP[index_R, -1:] + 1
+    mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, length)], 1)
+    next_position_N1 = positions_BP[index_R, -1:] + 1
 
     eos_E = torch.tensor(eos_ids, device=device)
-    ended_R = torch.zeros(R, dtype=torch.bool, device=device)
+    rows_N = torch.arange(R, device=device)  # the N rows that have not ended; only they go through the model
     tokens_RT = torch.empty(R, length, dtype=torch.long, device=device)
     for t in range(length):
-        token_R = logits_RV.argmax(-1)
-        if S:
-            probabilities_SV = (logits_RV[:S].float() / temperature).softmax(-1)
-            token_R[:S] = torch.multinomial(probabilities_SV, 1).squeeze(1)
-        tokens_RT[:, t] = torch.where(ended_R, tokens_RT[:, t - 1], token_R)
-        ended_R |= torch.isin(token_R, eos_E)
-        if ended_R.all() or t + 1 == length:
+        token_N = logits_NV.argmax(-1)
+        token_N[:S] = sample(logits_NV[:S].float() / temperature)
+        tokens_RT[rows_N, t:] = token_N[:, None]  # what follows an EOS repeats it
+        going_N = ~torch.isin(token_N, eos_E)
+        going = int(going_N.sum())
+        if not going or t + 1 == length:
             return tokens_RT[:, : t + 1]
-        inputs = dict(input_ids=tokens_RT[:, t : t + 1], position_ids=next_position_R1 + t)
-        inputs |= dict(attention_mask=mask_RL[:, : P + t + 1], past_key_values=cache, use_cache=True)
-        logits_RV = model(**inputs).logits[:, -1]
+        if going < len(rows_N):
+            kept_N = going_N.nonzero().squeeze(1)
+            S = int((kept_N < S).sum())
+            rows_N, token_N, mask_NL = rows_N[kept_N], token_N[kept_N], mask_NL[kept_N]
+            next_position_N1 = next_position_N1[kept_N]
+            cache.reorder_cache(kept_N)
+        inputs = dict(input_ids=token_N[:, None], position_ids=next_position_N1 + t)
+        inputs |= dict(attention_mask=mask_NL[:, : P + t + 1], past_key_values=cache, use_cache=True)
+        logits_NV = model(**inputs).logits[:, -1]
+
+
+def sample(logits_NV: torch.Tensor) -> torch.Tensor:
+    """-> tokens_N, by one random number each (`multinomial` draws one for each entry of the vocabulary)."""
+    cumulative_NV = logits_NV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    points_N1 = cumulative_NV[:, -1:] * torch.rand_like(cumulative_NV[:, -1:])
+    return torch.searchsorted(cumulative_NV, points_N1, right=True).squeeze(1)
 
 
 def response_mask(tokens_BT: torch.Tensor, eos_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

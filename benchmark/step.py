@@ -1,0 +1,238 @@
+"""Seconds per update, by part, and peak memory of a script, beside the floor: what its unavoidable parts take alone.
+
+    python benchmark/step.py --script remax|reinforce|ppo --workload W1|W2 --steps 5 [--ppo-epochs 4]
+
+It runs the script's own main() on random weights (or on the model that you name) with the end of text suppressed, so
+that all responses have full length, and reads the script's own clock. Then, in the same process, the floor: one decode
+loop with a cache, one forward of the reward model, one of the reference over response positions only, forward and
+backward and an optimizer step per epoch, each written with bare calls of transformers and torch, without masks, text
+or engine. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds (`median_s`) on a GPU.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+import workloads
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import common  # noqa: E402
+
+PARTS = ("rollout", "scoring", "reference", "training", "rest")
+
+
+@dataclass
+class Args:
+    script: Literal["remax", "reinforce", "ppo"] = "remax"
+    """Script to measure."""
+    workload: Literal["W1", "W2", "G1", "G2", "G3", "tiny"] = "W1"
+    """Model and batch, see workloads.py."""
+    steps: int = 5
+    """Updates to take the median of, after one to warm up."""
+    ppo_epochs: int = 4
+    """Epochs of ppo.py."""
+    model: str | None = None
+    """Folder or hub name of a causal language model in place of the workload's."""
+    batch_size: int | None = None
+    """Prompts per update in place of the workload's."""
+    prompt_length: int | None = None
+    """Prompt tokens in place of the workload's."""
+    response_length: int | None = None
+    """Response tokens in place of the workload's."""
+    flags: str = ""
+    """Further flags of the script, in quotes: "--dtype bfloat16 --gradient-checkpointing"."""
+    floor: bool = True
+    """Whether to measure the floor, too."""
+    results: Path = HERE / "step.jsonl"
+    """File that the result is appended to."""
+
+
+def now() -> torch.Tensor:
+    """-> (wall seconds, CPU seconds)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+class StepClock(common.Clock):
+    """The script's clock, which keeps its laps: each update's start, and the ends of rollout, scoring and training."""
+
+    laps: list[list[torch.Tensor]] = []
+    reference: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+
+    def __init__(self):
+        super().__init__()
+        self.laps.append([now()])
+
+    def lap(self) -> float:
+        self.laps[-1].append(now())
+        return super().lap()
+
+
+def timed_forward_rows(module, *args, forward_rows=common.forward_rows, **kwargs):
+    start = now()
+    result = forward_rows(module, *args, **kwargs)
+    if not next(module.parameters()).requires_grad:  # the reference, not PPO's old log-probabilities and values
+        StepClock.reference[len(StepClock.laps) - 1] += now() - start
+    return result
+
+
+def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, torch.Tensor]]:
+    """Runs main() -> of each update but the first, which warms up, (wall, CPU) seconds of each part."""
+    common.Clock, common.forward_rows = StepClock, timed_forward_rows
+    common.eos_ids = lambda model, tokenizer: [-1]  # no token ends a response
+    sys.argv = [f"{args.script}.py", *flags, "--output-dir", str(folder / "run")]
+    import_module(args.script).main()
+    steps = []
+    for i in range(1, len(StepClock.laps) - 1):  # the last one has no next one to end it
+        start, rollout, scoring, training = StepClock.laps[i]
+        reference, end = StepClock.reference[i], StepClock.laps[i + 1][0]
+        parts = (rollout - start, scoring - rollout, reference, training - scoring - reference, end - training)
+        steps.append(dict(zip(PARTS, parts, strict=True)))
+    return steps
+
+
+def decode(model, prompts_BP: torch.Tensor, length: int, greedy: bool) -> torch.Tensor:
+    """Sampled rows, and a greedy row per prompt beside them: one prefill, one cache."""
+    cache, tokens_BL = transformers.DynamicCache(config=model.config), prompts_BP
+    logits_BV = model(prompts_BP, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    if greedy:
+        rows = torch.arange(len(prompts_BP), device=prompts_BP.device).repeat(2)
+        cache.reorder_cache(rows)
+        logits_BV, tokens_BL = logits_BV[rows], prompts_BP[rows]
+    while True:
+        token_B = torch.multinomial(logits_BV[: len(prompts_BP)].float().softmax(-1), 1)[:, 0]
+        token_B = torch.cat([token_B, logits_BV[len(prompts_BP) :].argmax(-1)])
+        tokens_BL = torch.cat([tokens_BL, token_B[:, None]], 1)
+        if tokens_BL.shape[1] == prompts_BP.shape[1] + length:
+            return tokens_BL
+        logits_BV = model(token_B[:, None], past_key_values=cache).logits[:, -1]
+
+
+def nll(model, tokens_BL: torch.Tensor, length: int) -> torch.Tensor:
+    logits_BTV = model(tokens_BL, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+    return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BL[:, -length:].flatten(), reduction="sum")
+
+
+def floor(args: Args, placement: common.Placement, model: str, reward_model: str, prompts_BP, length) -> dict:
+    """The median (wall, CPU) seconds of each unavoidable part alone."""
+    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    policy = common.load_model(model, causal, placement).eval().to(placement.device)
+    reward = common.load_model(reward_model, classifier, placement, num_labels=1).eval().to(placement.device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
+    epochs = args.ppo_epochs if args.script == "ppo" else 1
+    models = [policy] + [reward] * (args.script == "ppo")  # the value model has the reward model's shape
+    micro = placement.micro_batch_size
+    tokens_BL = None
+
+    @torch.no_grad()
+    def rollout():
+        nonlocal tokens_BL
+        tokens_BL = decode(policy, prompts_BP, length, greedy=args.script == "remax")
+
+    @torch.no_grad()
+    def scoring():
+        for rows in tokens_BL.split(micro):
+            reward.score(reward.base_model(rows, use_cache=False)[0][:, -1])
+
+    @torch.no_grad()
+    def reference():
+        for rows in tokens_BL[: len(prompts_BP)].split(micro):
+            nll(policy, rows, length)
+
+    def training():
+        for model in models:
+            model.zero_grad()
+        for rows in tokens_BL[: len(prompts_BP)].split(micro):
+            nll(policy, rows, length).backward()
+            if args.script == "ppo":
+                reward.score(reward.base_model(rows, use_cache=False)[0][:, -length - 1 : -1]).sum().backward()
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    parts = {}
+    for part, times in ((rollout, 1), (scoring, 1), (reference, 1), (training, epochs), (step, epochs * len(models))):
+        seconds = []
+        for _ in range(args.steps + 1):
+            start = now()
+            part()
+            seconds.append(now() - start)
+        parts[part.__name__] = times * torch.stack(seconds[1:]).median(0).values
+    return parts
+
+
+def table(rows: list[dict]) -> str:
+    """CPU seconds where there is no GPU, else wall seconds."""
+    lines = ["| script | workload | seconds | " + " | ".join(PARTS) + " | floor | step / floor | peak MB |"]
+    lines.append("|---" * (len(PARTS) + 6) + "|")
+    for row in rows:
+        seconds, floor = ("cpu_s", "floor_cpu_s") if row["device"] == "cpu" else ("median_s", "floor_s")
+        cells = [row["name"], row["workload"], *(f"{row[key]:.3g}" for key in (seconds, *PARTS))]
+        cells += [f"{row[floor]:.3g}", f"{row[seconds] / row[floor]:.2f}"] if floor in row else ["", ""]
+        lines.append("| " + " | ".join([*cells, f"{row['peak_rss_mb']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    kind, shape, batch_size, prompt_length, response_length = workloads.WORKLOADS[args.workload]
+    batch_size, prompt_length = args.batch_size or batch_size, args.prompt_length or prompt_length
+    response_length = args.response_length or response_length
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if not args.model:
+            workloads.save_policy(folder / "policy", kind, **shape)
+        model = args.model or str(folder / "policy")
+        workloads.save_reward_model(folder / "reward_model", model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        prompts_BP = workloads.random_prompts(len(tokenizer), batch_size, prompt_length)
+        rows = [json.dumps(dict(prompt=text)) + "\n" for text in tokenizer.batch_decode(prompts_BP)]
+        (folder / "prompts.jsonl").write_text("".join(rows))
+        flags = ["--model", model, "--reward-model", str(folder / "reward_model"), "--dataset"]
+        flags += [str(folder / "prompts.jsonl"), "--eval-every", "0", "--batch-size", str(batch_size)]
+        flags += ["--total-episodes", str(batch_size * (args.steps + 2)), "--response-length", str(response_length)]
+        flags += ["--max-prompt-length", str(prompt_length), "--micro-batch-size", str(batch_size)]
+        flags += "--learning-rate 1e-5 --max-grad-norm 1.0".split()
+        flags += ["--num-epochs", str(args.ppo_epochs)] if args.script == "ppo" else []
+        steps = run_script(args, folder, flags + shlex.split(args.flags))
+        saved = json.loads((folder / "run" / "args.json").read_text())
+        metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
+        on = 0 if torch.cuda.is_available() else 1  # the parts in wall seconds on a GPU, in CPU seconds on a CPU
+        totals = torch.stack([sum(step.values()) for step in steps]).median(0).values.tolist()
+        row = dict(name=name, workload=args.model or args.workload, median_s=totals[0], cpu_s=totals[1], n=len(steps))
+        row |= dict(peak_rss_mb=json.loads(metrics[-1])["peak_memory_bytes"] / 2**20)
+        row |= {part: statistics.median(float(step[part][on]) for step in steps) for part in PARTS}
+        if args.floor:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            settings = {field: saved[field] for field in ("dtype", "attention", "micro_batch_size")}
+            placement = common.Placement(device, zero_stage=0, offload=False, **settings)
+            parts = floor(args, placement, model, flags[3], prompts_BP.to(device), response_length)
+            row |= dict(zip(("floor_s", "floor_cpu_s"), sum(parts.values()).tolist(), strict=True))
+            row |= {f"floor_{part}": float(seconds[on]) for part, seconds in parts.items()}
+    row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length, flags=args.flags)
+    row |= dict(threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if not on else "cpu")
+    row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    with open(args.results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row))
+    print(table([row]))
+
+
+if __name__ == "__main__":
+    main()
