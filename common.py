@@ -687,6 +687,8 @@ def generate(
     positions_BP = position_ids(prompt_mask_BP)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
     logits_RV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
+    if not logits_RV.amax(-1).isfinite().all():
+        fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
     cache.reorder_cache(index_R)
     mask_RL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, length)], 1)
     next_position_R1 = positions_BP[index_R, -1:] + 1

@@ -39,6 +39,13 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, c
     assert len(read_metrics(tmp_path / "r")) == 12
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_has_diverged_ends_the_run_with_a_line(tmp_path, capsys, script):
+    assert run(script, flags_of(script, tmp_path, 4, "--learning-rate", "1e30"))["status"] == 1
+    err = capsys.readouterr().err
+    assert ("logits are not finite" if script in ROLLOUTS else "off by a factor of nan") in err
+
+
 def test_nine_bad_updates_in_a_row_do_not(tmp_path):
     bad = [*range(2, 11), *range(12, 21)]
     assert run("remax", flags_of("remax", tmp_path, 22), poisoned=(bad, "loss"))["status"] == 0
