@@ -926,14 +926,12 @@ class Run:
         dist.broadcast_object_list(name)
         self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
         latest = self.folder / "checkpoint" / "latest"
-        if args.resume and not latest.exists():
+        try:
+            self.checkpointed = int(latest.read_text()) if args.resume else 0
+        except (OSError, ValueError):
             fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
         if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
             fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
-        self.checkpointed = latest.read_text() if args.resume else "0"
-        if not self.checkpointed.isdecimal():
-            fail(f"--resume {self.folder}: {latest} names no update")
-        self.checkpointed = int(self.checkpointed)
         dist.barrier()  # every rank has looked before rank 0 writes
         fault = [None]
         if self.main:
