@@ -796,6 +796,8 @@ def generate(
     positions_BP = position_ids(prompt_mask_BP)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
     logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
+    if not logits_NV.amax(-1).isfinite().all():
+        fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
     cache.reorder_cache(index_R)
     mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, length)], 1)
     next_position_N1 = positions_BP[index_R, -1:] + 1
@@ -1146,16 +1148,9 @@ class Run:
         dist.broadcast_object_list(name)
         self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
         latest = self.folder / "checkpoint" / "latest"
-        self.checkpointed = latest.read_text() if args.resume and latest.exists() else "0"
-        if args.resume and done is None and not latest.exists():
-            fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
-        if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
-            fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
-        if not self.checkpointed.isdecimal():
-            fail(f"--resume {self.folder}: {latest} names no update")
-        self.checkpointed = int(self.checkpointed)
-        if done is not None and self.checkpointed <= done:
-            self.checkpointed = 0
+    logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
+    if not logits_NV.amax(-1).isfinite().all():
+        fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         dist.barrier()  # every rank has looked before rank 0 writes
         fault = [None]
         if self.main:

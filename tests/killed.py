@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-import common
+from conftest import ROOT
 
 point, update, script, *flags = sys.argv[1:]
 save, replace = torch.save, Path.replace
@@ -39,5 +38,5 @@ def torn_replace(path, target):
 
 
 torch.save, Path.replace = torn_save, torn_replace
-sys.argv = [str(common.HERE / script), *flags]
+sys.argv = [str(ROOT / script), *flags]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -6,6 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from conftest import ROOT
+
 import common
 
 out, script, *flags = sys.argv[1:]
@@ -20,5 +22,5 @@ def measured_log(self, update, metrics):
 
 
 common.Run.log = measured_log
-sys.argv = [str(common.HERE / script), *flags]
+sys.argv = [str(ROOT / script), *flags]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -41,14 +41,14 @@ def fixed_responses(update):
     return generate
 
 
-def run(script: str, flags: list, fixed=False, poisoned=(0, 0, "loss"), spoiled=False) -> dict:
+def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=False) -> dict:
     """main() of a script -> its exit status, its gradients (one flat tensor per optimizer step) and its last weights.
 
-    `fixed`: the responses do not depend on the policy. `poisoned`: (first, last, how): in these updates the last rank's
-    losses or gradients are not finite. `spoiled`: what is saved is not quite what was trained.
+    `fixed`: the responses do not depend on the policy. `poisoned`: (updates, how): in these the last rank's losses or
+    gradients are not finite. `spoiled`: what is saved is not quite what was trained.
     """
     module, update, seen = importlib.import_module(script), 0, dict(status=0, gradients=[], weights={})
-    first, last, how = poisoned
+    updates, how = poisoned
     step, set_seed, save_model = common.optimizer_step, common.set_seed, common.save_model
 
     def watched_step(engine, *args):
@@ -57,7 +57,7 @@ def run(script: str, flags: list, fixed=False, poisoned=(0, 0, "loss"), spoiled=
         return step(engine, *args)
 
     def poisoned_loss(loss, *args, **kwargs):
-        poison = first <= update <= last and common.dist.get_rank() == common.dist.get_world_size() - 1
+        poison = update in updates and common.dist.get_rank() == common.dist.get_world_size() - 1
         value = loss(*args, **kwargs)
         return POISONS[how](value) if poison else value
 

@@ -35,7 +35,7 @@ def started(command, ranks):
         environment = script_environment() | variables
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         words = [sys.executable, *map(str, command)]
-        processes.append(subprocess.Popen(words, env=environment | dict(PYTHONPATH=str(ROOT)), **pipes))
+        processes.append(subprocess.Popen(words, env=environment, **pipes))
     try:
         yield processes
     finally:

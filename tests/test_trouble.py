@@ -22,7 +22,7 @@ def flags_of(script, folder, updates, *more):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
-    found = run(script, flags_of(script, tmp_path, 4), poisoned=(2, 3, "loss"))
+    found = run(script, flags_of(script, tmp_path, 4), poisoned=((2, 3), "loss"))
     rows = read_metrics(tmp_path / "r")
     steps = 2 if script == "ppo" else 1  # of the policy and of the value model
     assert found["status"] == 0 and [row["skipped_updates"] for row in rows] == [0, steps, 2 * steps, 2 * steps]
@@ -32,16 +32,24 @@ def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script
 
 @pytest.mark.parametrize("script, how", [*((script, "loss") for script in SCRIPTS), ("remax", "gradient")])
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
-    found = run(script, flags_of(script, tmp_path, 14), poisoned=(3, 99, how))
+    found = run(script, flags_of(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
     line = f"error: ten updates in a row were skipped; what was not finite first: {first} in update 3\n"
     assert found["status"] == 1 and capsys.readouterr().err.count(line) == 1
     assert len(read_metrics(tmp_path / "r")) == 12
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_has_diverged_ends_the_run_with_a_line(tmp_path, capsys, script):
+    assert run(script, flags_of(script, tmp_path, 4, "--learning-rate", "1e30"))["status"] == 1
+    err = capsys.readouterr().err
+    assert ("logits are not finite" if script in ROLLOUTS else "off by a factor of nan") in err
+
+
 def test_nine_bad_updates_in_a_row_do_not(tmp_path):
-    assert run("remax", flags_of("remax", tmp_path, 22), poisoned=(2, 10, "loss"))["status"] == 0
-    assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 9
+    bad = [*range(2, 11), *range(12, 21)]
+    assert run("remax", flags_of("remax", tmp_path, 22), poisoned=(bad, "loss"))["status"] == 0
+    assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 18
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
