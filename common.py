@@ -572,6 +572,13 @@ def micro_batches(rows: int, size: int) -> Iterator[tuple[slice, bool]]:
         yield slice(start, min(start + size, rows)), start + size >= rows
 
 
+def micro_batches_by_length(lengths_B: torch.Tensor, size: int) -> Iterator[tuple[list[int], bool]]:
+    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
+    order = lengths_B.argsort(descending=True, stable=True).tolist()  # the longest first, for what memory it takes
+    for rows, last in micro_batches(len(order), size):
+        yield order[rows], last
+
+
 def backward(engine, loss: torch.Tensor, last: bool) -> None:
     """Adds a micro-batch's gradients, divided by nothing; the last one makes the engine average over the ranks."""
     engine.set_gradient_accumulation_boundary(last)
@@ -721,7 +728,7 @@ def rollout(
         tokens_RT = generate(model, prompts_BP, prompt_mask_BP, **settings)
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
     width = torch.tensor(tokens_RT.shape[1], device=device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # all ranks have equal shapes: see per_token
     more = (0, int(width) - tokens_RT.shape[1])
     B = len(prompts)
     index_R = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
@@ -732,15 +739,23 @@ def rollout(
     return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], *padded, ended_R)
 
 
+def per_token(module, responses: Responses, **inputs) -> torch.Tensor:
+    """What a function of prompts and responses gives for each token -> (B, T), 0 where all rows have ended."""
+    width = responses.mask_BT.sum(1).max()
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
+    tokens_BT = responses.tokens_BT[:, : int(width)]
+    result_BT = module(responses.prompts_BP, responses.prompt_mask_BP, tokens_BT, **inputs)
+    return F.pad(result_BT, (0, responses.tokens_BT.shape[1] - int(width)))
+
+
 @torch.no_grad()
 def forward_rows(module, responses: Responses, micro_batch_size: int, **inputs) -> torch.Tensor:
-    """What a function of prompts and responses gives for each token -> (B, T), without gradients, by micro-batches."""
-    parts = []
+    """`per_token` of all rows, without gradients, by micro-batches -> (B, T)."""
+    result_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
     with resident(module, responses.tokens_BT.device):
-        for rows, _ in micro_batches(len(responses.texts), micro_batch_size):
-            micro = responses[rows]
-            parts.append(module(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, **inputs))
-    return torch.cat(parts)
+        for rows, _ in micro_batches_by_length(responses.mask_BT.sum(1), micro_batch_size):
+            result_BT[rows] = per_token(module, responses[rows], **inputs)
+    return result_BT
 
 
 # ---------------------------------------------------------------- 6. Rewards
@@ -816,9 +831,11 @@ def reward_model_function(path: str, placement: Placement) -> Callable[..., list
     @torch.no_grad()
     def reward(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
         ids = [reward_model_ids(tokenizer, *pair, max_length) for pair in zip(prompts, responses, strict=True)]
+        scores_B, lengths_B = torch.empty(len(ids), device=placement.device), torch.tensor([len(row) for row in ids])
         with resident(scorer, placement.device):
-            slices = [rows for rows, _ in micro_batches(len(ids), placement.micro_batch_size)]
-            return (torch.cat([scorer(*right_pad(ids[rows], placement.device)) for rows in slices]) - mean).tolist()
+            for rows, _ in micro_batches_by_length(lengths_B, placement.micro_batch_size):
+                scores_B[rows] = scorer(*right_pad([ids[i] for i in rows], placement.device))
+        return (scores_B - mean).tolist()
 
     return reward
 
