@@ -695,6 +695,13 @@ def micro_batches(rows: int, size: int) -> Iterator[tuple[slice, bool]]:
         yield slice(start, min(start + size, rows)), start + size >= rows
 
 
+def micro_batches_by_length(lengths_B: torch.Tensor, size: int) -> Iterator[tuple[list[int], bool]]:
+    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
+    order = lengths_B.argsort(descending=True, stable=True).tolist()  # the longest first, for what memory it takes
+    for rows, last in micro_batches(len(order), size):
+        yield order[rows], last
+
+
 def backward(engine, loss: torch.Tensor, last: bool) -> None:
     """Adds a micro-batch's gradients, divided by nothing; the last one makes the engine average over the ranks."""
     engine.set_gradient_accumulation_boundary(last)
@@ -846,16 +853,12 @@ def rollout(
     with whole_model(policy, device) as model:
         tokens_RT = generate(model, prompts_BP, prompt_mask_BP, **settings)
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
-    width = torch.tensor(tokens_RT.shape[1], device=device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
-    more = (0, int(width) - tokens_RT.shape[1])
     B = len(prompts)
     index_R = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
     real = [ids[:n] for ids, n in zip(tokens_RT.tolist(), mask_RT.sum(1).tolist(), strict=True)]
     texts = tokenizer.batch_decode(real, skip_special_tokens=True)
     row_prompts = [prompts[i] for i in index_R]
-    padded = (F.pad(tokens_RT, more), F.pad(mask_RT, more))
-    return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], *padded, ended_R)
+    return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], tokens_RT, mask_RT, ended_R)
 
 
 def rows_of(responses: Responses, **columns) -> list[dict]:
@@ -868,15 +871,12 @@ def rows_of(responses: Responses, **columns) -> list[dict]:
 
 
 def responses_of(prompts: list[Prompt], rows: list[dict], device: torch.device) -> Responses:
-    """Rows of such a file, with their prompts, as responses again. All ranks must call it."""
+    """Rows of such a file, with their prompts, as responses again."""
     prompts_BP, prompt_mask_BP = left_pad([prompt.ids for prompt in prompts], device)
     tokens_BT, mask_BT = right_pad([row["tokens"] for row in rows], device)
-    width = torch.tensor(tokens_BT.shape[1], device=device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # as in `rollout`
-    padded = (F.pad(x_BT, (0, int(width) - x_BT.shape[1])) for x_BT in (tokens_BT, mask_BT))
     ended_B = torch.tensor([row["ended"] for row in rows], device=device)
     texts = [row["response"] for row in rows]
-    return Responses(list(prompts), texts, prompts_BP, prompt_mask_BP, *padded, ended_B)
+    return Responses(list(prompts), texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
 def to_lists(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[float]]:
@@ -897,15 +897,23 @@ def map_rows(function: Callable, prompts: list[Prompt], rows: list[dict], size: 
     return gather_rows(found)[: len(rows)]
 
 
+def per_token(module, responses: Responses, **inputs) -> torch.Tensor:
+    """What a function of prompts and responses gives for each token -> (B, T), 0 where all rows have ended."""
+    width = responses.mask_BT.sum(1).max()
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
+    more = int(width) - responses.tokens_BT.shape[1]  # below 0: padding drops what is too wide
+    tokens_BT = F.pad(responses.tokens_BT, (0, more))
+    return F.pad(module(responses.prompts_BP, responses.prompt_mask_BP, tokens_BT, **inputs), (0, -more))
+
+
 @torch.no_grad()
 def forward_rows(module, responses: Responses, micro_batch_size: int, **inputs) -> torch.Tensor:
-    """What a function of prompts and responses gives for each token -> (B, T), without gradients, by micro-batches."""
-    parts = []
+    """`per_token` of all rows, without gradients, by micro-batches -> (B, T)."""
+    result_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
     with resident(module, responses.tokens_BT.device):
-        for rows, _ in micro_batches(len(responses.texts), micro_batch_size):
-            micro = responses[rows]
-            parts.append(module(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, **inputs))
-    return torch.cat(parts)
+        for rows, _ in micro_batches_by_length(responses.mask_BT.sum(1), micro_batch_size):
+            result_BT[rows] = per_token(module, responses[rows], **inputs)
+    return result_BT
 
 
 # ---------------------------------------------------------------- 6. Rewards
@@ -994,9 +1002,11 @@ def reward_model_function(path: str, placement: Placement) -> Callable[..., list
     @torch.no_grad()
     def reward(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
         ids = [reward_model_ids(tokenizer, *pair, max_length) for pair in zip(prompts, responses, strict=True)]
+        scores_B, lengths_B = torch.empty(len(ids), device=placement.device), torch.tensor([len(row) for row in ids])
         with resident(scorer, placement.device):
-            slices = [rows for rows, _ in micro_batches(len(ids), placement.micro_batch_size)]
-            return (torch.cat([scorer(*right_pad(ids[rows], placement.device)) for rows in slices]) - mean).tolist()
+            for rows, _ in micro_batches_by_length(lengths_B, placement.micro_batch_size):
+                scores_B[rows] = scorer(*right_pad([ids[i] for i in rows], placement.device))
+        return (scores_B - mean).tolist()
 
     return reward
 
@@ -1148,9 +1158,16 @@ class Run:
         dist.broadcast_object_list(name)
         self.folder, self.main = Path(name[0]).absolute(), dist.get_rank() == 0
         latest = self.folder / "checkpoint" / "latest"
-    logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
-    if not logits_NV.amax(-1).isfinite().all():
-        fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
+        try:
+            self.checkpointed = int(latest.read_text()) if args.resume else 0
+        except (OSError, ValueError):
+            if done is None:
+                fail(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)")
+            self.checkpointed = 0
+        if done is not None and self.checkpointed <= done:
+            self.checkpointed = 0
+        if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+            fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
         dist.barrier()  # every rank has looked before rank 0 writes
         fault = [None]
         if self.main:

@@ -255,14 +255,15 @@ def main() -> None:
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B).split(minibatch_size):
                 denominator = common.global_sum(mask_BT[minibatch])  # real tokens, on all ranks
-                for part, last in common.micro_batches(minibatch_size, args.micro_batch_size):
+                lengths_B = mask_BT[minibatch].sum(1)
+                for part, last in common.micro_batches_by_length(lengths_B, args.micro_batch_size):
                     rows = minibatch[part].tolist()
                     micro = sampled[rows]
-                    logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
+                    logprobs_BT = common.per_token(policy, micro, temperature=args.temperature)
                     ratio_inputs = (logprobs_BT, old_logprobs_BT[rows], advantages_BT[rows])
                     loss = policy_loss(*ratio_inputs, micro.mask_BT, args.clip_range, denominator)
                     common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
-                    values_BT = value(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT)
+                    values_BT = common.per_token(value, micro)
                     value_inputs = (values_BT, old_values_BT[rows], returns_BT[rows])
                     loss_of_value = value_loss(*value_inputs, micro.mask_BT, args.clip_range_value, denominator)
                     common.backward(value, loss_of_value * world_size, last)

@@ -208,22 +208,22 @@ def main() -> None:
 
         # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
         ref_logprobs_BT = logprobs_of(reference, sampled)
-        losses, logprobs = [], []
-        for rows, last in common.micro_batches(B, args.micro_batch_size):
+        losses, all_logprobs_BT = [], torch.empty_like(ref_logprobs_BT)
+        for rows, last in common.micro_batches_by_length(sampled.mask_BT.sum(1), args.micro_batch_size):
             micro = sampled[rows]
-            logprobs_BT = policy(micro.prompts_BP, micro.prompt_mask_BP, micro.tokens_BT, args.temperature)
+            logprobs_BT = common.per_token(policy, micro, temperature=args.temperature)
             estimates = (rewards_B[rows], baseline_rewards_B[rows], logprobs_BT, ref_logprobs_BT[rows])
             advantages_BT = advantages(*estimates, micro.mask_BT, args.kl_coef, args.gamma)
             loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=B * world_size)
             common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
             losses.append(loss.detach())
-            logprobs.append(logprobs_BT.detach())
+            all_logprobs_BT[rows] = logprobs_BT.detach()
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped = common.optimizer_step(policy, learning_rate)
         seconds_train = clock.lap()
 
         # 6. Log, evaluate, checkpoint
-        logprobs_BT, mask_BT = torch.cat(logprobs), sampled.mask_BT
+        logprobs_BT, mask_BT = all_logprobs_BT, sampled.mask_BT
         means = dict(
             reward=rewards_B,
             baseline_reward=baseline_rewards_B,

@@ -454,7 +454,7 @@ def train(args, it: Iteration) -> dict:
     def loss_of(pairs):
         prompts, rows = zip(*pairs, strict=True)
         responses = common.responses_of(prompts, rows, device)
-        logprobs_BT = policy(responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT, args.temperature)
+        logprobs_BT = common.per_token(policy, responses, temperature=args.temperature)
         weights = [row["weight"] for row in rows]
         weights = (
             common.from_lists(weights, responses.mask_BT)

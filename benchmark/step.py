@@ -114,7 +114,7 @@ def decode(model, prompts_BP: torch.Tensor, length: int, greedy: bool) -> torch.
         cache.reorder_cache(rows)
         logits_BV, tokens_BL = logits_BV[rows], prompts_BP[rows]
     while True:
-        token_B = torch.multinomial(logits_BV[: len(prompts_BP)].float().softmax(-1), 1)[:, 0]
+        token_B = common.sample(logits_BV[: len(prompts_BP)].float())
         token_B = torch.cat([token_B, logits_BV[len(prompts_BP) :].argmax(-1)])
         tokens_BL = torch.cat([tokens_BL, token_B[:, None]], 1)
         if tokens_BL.shape[1] == prompts_BP.shape[1] + length:
