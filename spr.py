@@ -125,13 +125,13 @@ class Args:
     prompts_per_iteration: PositiveInt = 256
     """Prompts of one iteration, over all ranks; the next iteration takes the next ones, and the data set repeats."""
     num_samples: NonNegativeInt = 8
-    """Sampled responses per prompt; 0 to train on demonstrations alone."""
+    """Sampled responses per prompt; the rows of an update are --batch-size times this."""
     epochs_per_iteration: PositiveInt = 2
     """Passes over an iteration's responses."""
     beta: PositiveFloat = 1.0
     """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
-    """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or 1 / N for each."""
+    """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or equal ones."""
     reference: Literal["empirical", "learned"] = "empirical"
     """The reference W: computed from a prompt's responses, or fitted by a network that reads the prompt."""
     completion_column: str = "completion"
@@ -255,8 +255,8 @@ class Iteration:
         self.policy = args.model if k == 1 else str(self.before / "policy")  # π_k
         self.num_updates = args.epochs_per_iteration * args.prompts_per_iteration // args.batch_size
         self.updates_before = (k - 1) * self.num_updates
-        every, opportunity_before = max(1, args.eval_every), self.updates_before - self.num_updates
-        evaluated = k > args.iterations or self.updates_before // every > opportunity_before // every
+        every, last_chance = max(1, args.eval_every), self.updates_before - self.num_updates
+        evaluated = k > args.iterations or self.updates_before // every > last_chance // every
         self.eval_prompts = eval_prompts if evaluated else []
         self.num_samples = args.num_samples if k > args.sampling_threshold else 0
         demonstrations = bool(prompts and prompts[0].demonstrations) and args.level == "sequence"
@@ -425,6 +425,7 @@ def optimize(engine, args, it: Iteration, rows_of: Callable, loss_of: Callable, 
         start = (step - 1) * args.batch_size
         indices = common.shuffled_indices(len(it.prompts), args.seed + it.k, start, args.batch_size)
         rows = [row for i in indices[rank::world_size] for row in rows_of(i)]
+        rows.sort(key=lambda row: -len(row[1]["tokens"]))  # rows of like length together: little padding
         losses = []
         for batch, last in common.micro_batches(len(rows), args.micro_batch_size):
             loss = loss_of(rows[batch])

@@ -11,8 +11,9 @@ import ppo
 import reinforce
 import remax
 import reward_model
+import spr
 
-SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("remax", "reinforce", "ppo")}
+SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("remax", "reinforce", "ppo", "spr")}
 
 
 def diff(a: str, b: str) -> list[str]:
@@ -57,6 +58,16 @@ def test_flags_of_the_reward_model_are_those_of_the_others():
     assert not {field.name for field in dataclasses.fields(reward_model.Args)} & set(omitted.split())
 
 
+def test_flags_of_spr_are_those_of_the_others():
+    fields = {field.name: field for field in dataclasses.fields(spr.Args)}
+    wanted = {field.name: field for field in dataclasses.fields(remax.Args)}
+    assert [name for name in fields if name in wanted] == [n for n in wanted if n not in ("total_episodes", "kl_coef")]
+    for name in fields.keys() & wanted.keys():
+        assert (fields[name].type, fields[name].default) == (wanted[name].type, wanted[name].default)
+        assert help_of(name, SOURCES["spr"]) == help_of(name, SOURCES["remax"])
+    assert help_of("num_samples", SOURCES["spr"]) == help_of("num_samples", SOURCES["reinforce"])
+
+
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 @pytest.mark.parametrize(
     "start, end",
@@ -76,14 +87,14 @@ def test_sections_without_algorithm_are_the_same_text(name, start, end):
 
 def test_the_same_numbered_steps_in_the_same_order():
     steps = [re.findall(r"^ +# (\d)\. ([A-Z]\w+)", source, re.M) for source in SOURCES.values()]
-    assert steps[0] == steps[1] == steps[2]
+    assert all(others == steps[0] for others in steps)
     assert [number for number, _ in steps[0]] == list("1234567")
 
 
 def test_no_identifier_carries_the_name_of_an_algorithm():
     for name, source in SOURCES.items():
-        code = re.sub(r'r?"""[\s\S]*?"""|#.*', "", source)
-        assert not re.findall(r"\b\w*(?:remax|reinforce|ppo)\w*\b", code, re.I), name
+        code = re.sub(r'r?"""[\s\S]*?"""|#.*|"[^"\n]*"', "", source)
+        assert not re.findall(r"\b\w*(?:remax|reinforce|ppo|spr)\w*\b", code, re.I), name
 
 
 def test_the_paper_claims_that_ppo_has_more_than_four_hyper_parameters_more():

@@ -216,7 +216,7 @@ def test_supervised_fine_tuning_does_not_depend_on_ranks_stages_and_micro_batche
     for name in ("small", "two"):
         assert_equal_weights(tmp_path / "one", tmp_path / name, rtol=1e-4, atol=5e-5)
 
-    # The loss is the mean negative log-likelihood of whole demonstrations, EOS included, computed by transformers alone.
+    # The loss is the mean negative log-likelihood of whole demonstrations, EOS included, here by transformers alone.
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(common.EXAMPLE / "policy").eval()

@@ -26,8 +26,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from sentiment import ADJECTIVES, NEGATIONS, NOUNS, VERBS, sentiment  # noqa: E402
 
-import common  # noqa: E402
-
 # ---------------------------------------------------------------- The world
 
 WORK = "movie film picture comedy drama thriller western musical sequel documentary".split()
@@ -154,54 +152,37 @@ def config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, **kwargs
     return GPT2Config(**shape, **ids, **dropout, **kwargs)
 
 
-def train(module: torch.nn.Module, loss_of, rows: list, epochs: int, batch_size: int, learning_rate: float) -> None:
-    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    num_updates = epochs * (len(rows) // batch_size)
-    for update in range(1, num_updates + 1):
-        indices = common.shuffled_indices(len(rows), 0, (update - 1) * batch_size, batch_size)
-        loss = loss_of([rows[i] for i in indices])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = common.scheduled(learning_rate, "cosine", 0.05, update, num_updates)
-        optimizer.step()
-        optimizer.zero_grad()
-        if update % 100 == 0:
-            print(f"{type(module.model).__name__} update {update} of {num_updates}: loss {loss.item():.3f}")
+def run_script(name: str, start: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, result: str, *flags: str) -> None:
+    """Runs a script of ours from a model that has learned nothing yet and takes the model that comes out."""
+    with tempfile.TemporaryDirectory() as folder:
+        start.save_pretrained(f"{folder}/start")
+        tokenizer.save_pretrained(f"{folder}/start")
+        command = [sys.executable, str(HERE.parent.parent / name), "--model", f"{folder}/start", *flags]
+        subprocess.run([*command, "--output-dir", f"{folder}/run"], check=True)
+        shutil.rmtree(HERE / result, ignore_errors=True)
+        shutil.move(f"{folder}/run/{result}", HERE / result)
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast, demonstrations: list[dict]) -> None:
-    """Supervised fine-tuning on the responses, EOS included."""
+def make_policy(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Supervised fine-tuning on the demonstrations."""
     torch.manual_seed(0)
-    module = common.ResponseLogprobs(GPT2LMHeadModel(config(tokenizer, width=96, layers=3)))
-
-    def loss_of(rows: list[dict]) -> torch.Tensor:
-        encode = lambda texts: [tokenizer(text)["input_ids"] for text in texts]  # noqa: E731
-        prompts_BP, prompt_mask_BP = common.left_pad(encode(r["prompt"] for r in rows), torch.device("cpu"))
-        responses = [ids + [tokenizer.eos_token_id] for ids in encode(r["completion"] for r in rows)]
-        tokens_BT, mask_BT = common.right_pad(responses, torch.device("cpu"))
-        logprobs_BT = module(prompts_BP, prompt_mask_BP, tokens_BT, 1.0)
-        return -(logprobs_BT * mask_BT).sum() / mask_BT.sum()
-
-    train(module, loss_of, demonstrations, epochs=8, batch_size=48, learning_rate=3e-3)
-    module.model.save_pretrained(HERE / "policy")
-    tokenizer.save_pretrained(HERE / "policy")
+    flags = "--weighting uniform --num-samples 0 --iterations 1 --prompts-per-iteration 3600 --epochs-per-iteration 8"
+    flags += " --batch-size 48 --micro-batch-size 48 --learning-rate 3e-3 --lr-schedule cosine --eval-every 0"
+    flags += " --response-length 80 --dataset"
+    start = GPT2LMHeadModel(config(tokenizer, width=96, layers=3))
+    run_script("spr.py", start, tokenizer, "policy", *flags.split(), str(HERE / "demonstrations.jsonl"))
 
 
 def make_reward_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    """reward_model.py, starting from a language model that is smaller than the policy and has learned nothing yet."""
+    """Bradley-Terry, from a language model that is smaller than the policy."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        GPT2LMHeadModel(config(tokenizer, width=64, layers=2)).save_pretrained(f"{folder}/start")
-        tokenizer.save_pretrained(f"{folder}/start")
-        flags = ["--model", f"{folder}/start", "--dataset", str(HERE / "preferences.jsonl"), "--num-epochs", "3"]
-        script = str(HERE.parent.parent / "reward_model.py")
-        subprocess.run([sys.executable, script, *flags, "--output-dir", f"{folder}/run"], check=True)
-        shutil.rmtree(HERE / "reward_model", ignore_errors=True)
-        shutil.move(f"{folder}/run/reward_model", HERE / "reward_model")
+    start = GPT2LMHeadModel(config(tokenizer, width=64, layers=2))
+    flags = ["--num-epochs", "3", "--dataset", str(HERE / "preferences.jsonl")]
+    run_script("reward_model.py", start, tokenizer, "reward_model", *flags)
 
 
 if __name__ == "__main__":
     demonstrations = make_data()
     tokenizer = make_tokenizer([r["prompt"] + r["completion"] for r in demonstrations])
-    make_policy(tokenizer, demonstrations)
+    make_policy(tokenizer)
     make_reward_model(tokenizer)
