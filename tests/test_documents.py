@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import ROOT
+from conftest import ROOT, assert_ok, run_script
 
 import common
 import ppo
@@ -48,6 +48,23 @@ def test_every_command_parses(monkeypatch):
         tyro.cli(SCRIPTS[script].Args, args=flags)
         parsed += 1
     assert parsed >= 5
+
+
+def test_the_three_commands_work_on_a_user_s_own_data(tmp_path):
+    """As they stand in the README, in a folder with the user's files; only made short."""
+    block = re.search(r"in three commands.*?```bash\n(.*?)```", README, re.S)[1]
+    own = dict(demonstrations="demonstrations", preferences="preferences", prompts="prompts", held_out="prompts_test")
+    for name, example in own.items():
+        lines = (common.EXAMPLE / f"{example}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:80]))
+    short = {"spr.py": "--iterations 1 --prompts-per-iteration 32 --epochs-per-iteration 1 --batch-size 16"}
+    short |= {"reward_model.py": "--total-episodes 64 --eval-size 8"}
+    short |= {"remax.py": "--total-episodes 32 --batch-size 16 --eval-size 8 --response-length 16"}
+    for line in block.splitlines():
+        _, script, *flags = shlex.split(line.replace("path/to/base-model", str(common.EXAMPLE / "policy")))
+        result = run_script(script, *flags, *short[script].split(), cwd=tmp_path)
+        assert_ok(result)
+    assert (tmp_path / "rl" / "policy" / "model.safetensors").exists()
 
 
 def test_linked_files_exist():
