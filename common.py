@@ -221,7 +221,8 @@ class Phases:
             if self.signal:
                 print(how_to_go_on(f"after {function.__name__}", folder))
                 raise SystemExit(128 + self.signal)
-        return dict(self.journal[self.started - 1]["metrics"])
+        peak = max(line["peak_memory_bytes"] for line in self.journal[: self.started])
+        return self.journal[self.started - 1]["metrics"] | dict(peak_memory_bytes=peak)
 
 
 @functools.cache

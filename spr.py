@@ -34,6 +34,7 @@ common.py.
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,17 +203,24 @@ def main() -> None:
 
     # 1. Models: none in this process. Each phase below is a process of its own, which holds one model, hands over to
     #    the next through files and returns what it has measured. A journal has the finished ones; --resume skips them.
-    phases = common.Phases()
-    if not args.resume:
-        args.resume = args.output_dir = phases.run(common.open_run, args, __file__)
-    phase = functools.partial(phases.run_once, Path(args.resume))
+    tokenizer = common.load_tokenizer(args.model)
+    scored = args.num_samples > 0 or args.weighting != "uniform"  # else it is supervised fine-tuning
+    if scored and not args.reward_function:
+        common.load_tokenizer(args.reward_model)  # a wrong path is better told now than after the first rollout
+    for function in filter(None, (args.reward_function, args.gold_reward_function)):
+        common.function_from_file(function)
 
     # 2. Data
     data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
     data |= dict(completion_column=args.completion_column, max_completion=args.response_length)
-    load_prompts = functools.partial(common.load_prompts, tokenizer=common.load_tokenizer(args.model), **data)
+    load_prompts = functools.partial(common.load_prompts, tokenizer=tokenizer, **data)
     held_out = (args.eval_dataset, args.eval_size if args.eval_every else 0)
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, *held_out)
+
+    phases = common.Phases()
+    if not args.resume:
+        args.resume = args.output_dir = phases.run(common.open_run, args, __file__)
+    phase = functools.partial(phases.run_once, Path(args.resume))
     metrics = dict(episodes=0)
 
     for k in range(1, args.iterations + 1):
@@ -224,7 +232,8 @@ def main() -> None:
         measured = phase(generate, args, it)
 
         # 4. Score, and log the iteration before, whose policy this has evaluated
-        phase(measure_kl, args, it)
+        if it.eval_prompts:
+            phase(measure_kl, args, it)
         measured |= phase(score, args, it, metrics)
 
         # 5. Update: the weights, if they wait for a fitted W, and weighted maximum likelihood
@@ -239,7 +248,8 @@ def main() -> None:
     # 6. Log the last one
     it = Iteration(args, args.iterations + 1, [], eval_prompts)
     phase(generate, args, it)
-    phase(measure_kl, args, it)
+    if it.eval_prompts:
+        phase(measure_kl, args, it)
     phase(score, args, it, metrics)
 
     # 7. Save. That what was saved is what was trained, `train` has checked.
@@ -292,6 +302,8 @@ def generate(args, it: Iteration) -> dict:
         sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
         rollout = functools.partial(common.rollout, policy, device=placement.device, **sampling)
 
+    if run.main:  # what is no more needed
+        shutil.rmtree(it.folder.with_name(f"iteration-{it.k - 2}") / "policy", ignore_errors=True)
     if it.eval_prompts:
         mine, rows = common.deal_out(it.eval_prompts), []
         for batch, _ in common.micro_batches(len(mine), B):
@@ -328,13 +340,12 @@ def logprob_sums(policy, responses, args) -> list[float]:
 def measure_kl(args, it: Iteration) -> None:
     """log π_k, which `generate` has left, less log π of the initial policy, for the held-out responses."""
     run, placement, *_ = begin(args, it)
-    if it.eval_prompts:
-        policy = common.freeze(common.load_policy(args.model, placement), placement)
-        rows = common.read_rows(it.before / "held_out.jsonl")
-        sums_of = functools.partial(logprob_sums, policy, args=args)
-        found = common.map_rows(sums_of, it.eval_prompts, rows, args.batch_size, placement.device)
-        rows = [row | dict(kl=row["logprob"] - logprob) for row, logprob in zip(rows, found, strict=True)]
-        common.write_rows(it.before / "held_out.jsonl", rows)
+    policy = common.freeze(common.load_policy(args.model, placement), placement)
+    rows = common.read_rows(it.before / "held_out.jsonl")
+    sums_of = functools.partial(logprob_sums, policy, args=args)
+    found = common.map_rows(sums_of, it.eval_prompts, rows, args.batch_size, placement.device)
+    rows = [row | dict(kl=row["logprob"] - logprob) for row, logprob in zip(rows, found, strict=True)]
+    common.write_rows(it.before / "held_out.jsonl", rows)
     run.close()
 
 
@@ -457,11 +468,8 @@ def train(args, it: Iteration) -> dict:
         responses = common.responses_of(prompts, rows, device)
         logprobs_BT = common.per_token(policy, responses, temperature=args.temperature)
         weights = [row["weight"] for row in rows]
-        weights = (
-            common.from_lists(weights, responses.mask_BT)
-            if args.level == "token"
-            else torch.tensor(weights, device=device)
-        )
+        token_level = args.level == "token"
+        weights = common.from_lists(weights, responses.mask_BT) if token_level else torch.tensor(weights, device=device)
         return weighted_nll(logprobs_BT, weights, responses.mask_BT, denominator=args.batch_size)
 
     for step, loss, learning_rate, grad_norm, skipped in optimize(policy, args, it, rows_of, loss_of, first):
@@ -560,6 +568,8 @@ def write_targets(args, it: Iteration, sweep: int) -> None:
     path = folder / f"target-{sweep}"
     if sweep > 0 and run.main:
         common.average_models(folder / f"q-{sweep - 1}", folder / f"target-{sweep - 1}", TARGET_SHARE, path)
+        for name in (f"q-{sweep - 2}", f"target-{sweep - 2}"):  # what is no more needed
+            shutil.rmtree(folder / name, ignore_errors=True)
     dist.barrier()
     model = common.load_value_model(str(path) if sweep > 0 else None, args.model, placement)
     model = common.freeze(model, placement)

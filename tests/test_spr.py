@@ -181,6 +181,7 @@ def test_it_learns_and_reports(tmp_path):
     for row in (middle, last):
         assert row["reward"] < row["weighted_reward"] < row["best_reward"] and 1 < row["weight_ess"] < 4
         assert row["seconds_rollout"] > 0 and row["seconds_score"] > 0 and row["seconds_train"] > 0
+        assert row["peak_memory_bytes"] >= max(r["peak_memory_bytes"] for r in rows[1:8])  # of all phases
     assert "on held-out data" in result.stdout and "Win rate:" in result.stdout
     for k in (1, 2):
         rows = samples_of(tmp_path / "r", k)
@@ -304,12 +305,15 @@ def test_a_killed_run_goes_on_without_generating_anything_again(tmp_path):
         ("--num-samples 0", "no samples are wanted and column 'completion' is not there"),
         ("--batch-size 600", "--batch-size 600 is more than"),
         ("--beta 0", "is not a number above 0"),
+        ("--reward-model nowhere", "nowhere: no tokenizer could be loaded"),
+        ("--reward-function nowhere.py:reward", "no such reward function"),
     ],
 )
 def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path):
     result = run_script("spr.py", *flags.split(), "--output-dir", tmp_path / "r")
     text = " ".join(result.stderr.replace("│", " ").split())
     assert result.returncode == 2 and message in text and "Traceback" not in text
+    assert not (tmp_path / "r").exists()  # so that the same command, mended, runs
 
 
 # ---------------------------------------------------------------- Fitted values
