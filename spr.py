@@ -526,7 +526,7 @@ def fit_values(args, it: Iteration, run, placement, start: Path, path: Path, tri
         prompts, rows, values = zip(*triples, strict=True)
         responses = common.responses_of(prompts, rows, device)
         values_BT = common.from_lists(values, responses.mask_BT)
-        loss = loss_of(state_values(engine, responses), values_BT, responses.mask_BT.bool(), rows)
+        loss = loss_of(state_values(engine, responses), values_BT, responses.mask_BT.bool())
         return loss / (args.batch_size * n)
 
     for _ in optimize(engine, args, it, lambda i: triples[i * n : (i + 1) * n], loss_of_rows):
@@ -544,7 +544,7 @@ def fit_reference(args, it: Iteration) -> dict:
         values, states = [[row["reward"]] for row in rows], [row | dict(tokens=row["tokens"][:1]) for row in rows]
         offset = args.beta * math.log(it.rows_per_prompt)  # from the loss's mean over responses to eq. 15's sum
 
-    def loss_of(state_values_BS, values_BT, mask_BT, rows):
+    def loss_of(state_values_BS, values_BT, mask_BT):
         reference_BT = state_values_BS[:, :-1]
         return linex_loss(values_BT[mask_BT][:, None], reference_BT[mask_BT], args.beta) * mask_BT.sum()
 
@@ -562,7 +562,7 @@ def fit_reference(args, it: Iteration) -> dict:
 
 
 def write_targets(args, it: Iteration, sweep: int) -> None:
-    """Q̄ ← α Q + (1 − α) Q̄ (Algorithm 1, line 7), on disk; then its values of the samples, to disk."""
+    """Q̄ ← α Q + (1 − α) Q̄ (Algorithm 1, line 7), on disk; then what Q is to be fitted to, to disk."""
     run, placement, *_ = begin(args, it)
     folder, device = run.folder / "values", placement.device
     path = folder / f"target-{sweep}"
@@ -575,8 +575,11 @@ def write_targets(args, it: Iteration, sweep: int) -> None:
     model = common.freeze(model, placement)
     if sweep == 0:
         common.save_model(model, common.load_tokenizer(args.model), path, device)
-    values = token_values(model, *samples(it), 1, args.micro_batch_size, device)
-    common.write_rows(it.folder / "target_values.jsonl", values)
+    prompts, rows = samples(it)
+    values = token_values(model, prompts, rows, 1, args.micro_batch_size, device)
+    pairs = [(torch.tensor([row["reward"]]), torch.tensor([v])) for row, v in zip(rows, values, strict=True)]
+    targets = [value_targets(*pair, torch.ones_like(pair[1]), args.gamma)[0].tolist() for pair in pairs]
+    common.write_rows(it.folder / "targets.jsonl", targets)
     run.close()
 
 
@@ -585,12 +588,10 @@ def fit_action_values(args, it: Iteration, sweep: int) -> None:
     run, placement, *_ = begin(args, it)
     prompts, rows = samples(it)
 
-    def loss_of(state_values_BS, values_BT, mask_BT, rows):
-        rewards_B = torch.tensor([row["reward"] for row in rows], device=placement.device)
-        errors_BT = state_values_BS[:, 1:] - value_targets(rewards_B, values_BT, mask_BT, args.gamma)
-        return errors_BT[mask_BT].square().sum()
+    def loss_of(state_values_BS, targets_BT, mask_BT):
+        return (state_values_BS[:, 1:] - targets_BT)[mask_BT].square().sum()
 
-    triples = list(zip(prompts, rows, common.read_rows(it.folder / "target_values.jsonl"), strict=True))
+    triples = list(zip(prompts, rows, common.read_rows(it.folder / "targets.jsonl"), strict=True))
     start, path = run.folder / "values" / f"q-{sweep - 1}", run.folder / "values" / f"q-{sweep}"
     model = fit_values(args, it, run, placement, start, path, triples, loss_of)
     values = token_values(model, prompts, rows, 1, args.micro_batch_size, placement.device)

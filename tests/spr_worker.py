@@ -16,7 +16,7 @@ import spr
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    model = tiny_model("gpt2", vocab_size=8, eos_token_id=0, bos_token_id=0, pad_token_id=0)
+    model = tiny_model("gpt2", vocab_size=800, eos_token_id=0, bos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder / "model")
     tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))  # only saved beside the models, never asked
     tokenizer.save_pretrained(folder / "model")
