@@ -8,6 +8,7 @@ line per run to benchmark/compare.jsonl (a run that is already there is not repe
 """
 
 import concurrent.futures
+import itertools
 import json
 import os
 import statistics
@@ -64,10 +65,15 @@ def run(method: str, command: list[str], seed: int) -> dict:
     updates, last = rows[1:], rows[-1]
     tenth = updates[-max(1, len(updates) // 10) :]
     means = {name: statistics.fmean(row[name] for row in tenth) for name in ("reward", "gold_reward", "kl")}
-    seconds = sum(row[f"seconds_{part}"] for row in updates for part in ("rollout", "score", "train"))
+    parts = ("rollout", "score", "train")
+    elapsed = list(itertools.accumulate(sum(row[f"seconds_{part}"] for part in parts) for row in updates))
     held_out = {name: last[name] for name in ("eval_reward", "eval_gold_reward", "eval_win_rate")}
-    curve = [[row["episodes"], round(row["reward"], 3), round(row["gold_reward"], 3)] for row in updates]
-    return dict(method=method, seed=seed, command=" ".join(command), **means, **held_out, seconds=seconds, curve=curve)
+    curve = [  # prompts, reward, gold reward, seconds
+        [row["episodes"], round(row["reward"], 3), round(row["gold_reward"], 3), round(seconds, 2)]
+        for row, seconds in zip(updates, elapsed, strict=True)
+    ]
+    row = dict(method=method, seed=seed, command=" ".join(command), **means, **held_out)
+    return row | dict(seconds=elapsed[-1], curve=curve)
 
 
 def table(results: list[dict]) -> str:

@@ -53,7 +53,7 @@ class Args:
     response_length: int | None = None
     """Response tokens in place of the workload's."""
     flags: str = ""
-    """Further flags of the script, in quotes: "--dtype bfloat16 --gradient-checkpointing"."""
+    """Further flags of the script, as in --flags="--dtype bfloat16 --gradient-checkpointing"."""
     floor: bool = True
     """Whether to measure the floor, too."""
     results: Path = HERE / "step.jsonl"
@@ -195,10 +195,11 @@ def main() -> None:
     response_length = args.response_length or response_length
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        dtype = "bfloat16" if "bfloat16" in args.flags else "float32"  # of what is saved: large models fill the disk
         if not args.model:
-            workloads.save_policy(folder / "policy", kind, **shape)
+            workloads.save_policy(folder / "policy", kind, dtype, **shape)
         model = args.model or str(folder / "policy")
-        workloads.save_reward_model(folder / "reward_model", model)
+        workloads.save_reward_model(folder / "reward_model", model, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         prompts_BP = workloads.random_prompts(len(tokenizer), batch_size, prompt_length)
         rows = [json.dumps(dict(prompt=text)) + "\n" for text in tokenizer.batch_decode(prompts_BP)]

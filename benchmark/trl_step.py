@@ -30,6 +30,7 @@ parser.add_argument("algorithm", choices=("rloo", "ppo1", "ppo4"))
 parser.add_argument("workload", choices=workloads.WORKLOADS)
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--micro-batch-size", type=int, help="rows per forward and backward of RLOO; default all")
 parser.add_argument("--results", type=Path, default=Path(__file__).parent / "peers.jsonl")
 args = parser.parse_args()
 
@@ -56,9 +57,11 @@ prompts = workloads.random_prompts(shape["vocab_size"], steps * batch_size, prom
 suppressed = [workloads.EOS, workloads.PAD]
 config = dict(output_dir=str(folder / "out"), learning_rate=1e-5, lr_scheduler_type="constant", bf16=args.bf16)
 config |= dict(gradient_checkpointing=False, use_cpu=not gpu, report_to=[], save_strategy="no", disable_tqdm=True)
-config |= dict(gradient_accumulation_steps=1, seed=0, temperature=1.0)
+config |= dict(seed=0, temperature=1.0)
 if args.algorithm == "rloo":
-    config |= dict(per_device_train_batch_size=2 * batch_size, num_generations=2, num_iterations=1, beta=0.05)
+    micro = args.micro_batch_size or 2 * batch_size
+    config |= dict(per_device_train_batch_size=micro, gradient_accumulation_steps=2 * batch_size // micro)
+    config |= dict(num_generations=2, num_iterations=1, beta=0.05)
     config |= dict(max_completion_length=response_length, top_p=1.0, top_k=0, max_steps=steps)
     trainer = trl.RLOOTrainer(
         model=policy,
@@ -72,7 +75,8 @@ if args.algorithm == "rloo":
 else:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    config |= dict(per_device_train_batch_size=batch_size, num_mini_batches=1, num_ppo_epochs=int(args.algorithm[3:]))
+    config |= dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=1)
+    config |= dict(num_mini_batches=1, num_ppo_epochs=int(args.algorithm[3:]))
     config |= dict(local_rollout_forward_batch_size=batch_size, response_length=response_length, kl_coef=0.05)
     policy.generation_config.suppress_tokens = suppressed
     dataset = Dataset.from_dict(dict(input_ids=prompts.tolist()))

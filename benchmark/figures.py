@@ -1,0 +1,114 @@
+"""The figures of the READMEs, from the committed result files; needs matplotlib, which nothing else here does.
+
+python benchmark/figures.py [--folder benchmark]
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
+NAMES = {"remax": "ReMax", "reinforce": "REINFORCE", "ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
+NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
+NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
+METHODS = {"REINFORCE": "#999999", "RLOO, N = 2, equal prompts": "#6acc65", "ReMax": "#d65f5f"}
+METHODS |= {"PPO, 1 epoch": "#4878cf", "PPO, 4 epochs": "#b47cc7"}
+
+
+def read(name: str) -> list[dict]:
+    path = HERE / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def step_time(workloads: list[str]):
+    """CPU seconds per update, in parts where we have them, and the floor; of several runs the median one."""
+    runs = {}
+    for row in read("step.jsonl") + read("peers.jsonl"):
+        runs.setdefault((row["workload"], row["name"]), []).append(row)
+    rows = {key: sorted(group, key=lambda row: row["cpu_s"])[(len(group) - 1) // 2] for key, group in runs.items()}
+    figure, axes = plt.subplots(1, len(workloads), figsize=(9, 2.8))
+    for axis, workload in zip(axes, workloads, strict=True):
+        shown = [rows[workload, name] for name in NAMES if (workload, name) in rows][::-1]
+        for y, row in enumerate(shown):
+            left = 0.0
+            for part, colour in PARTS.items():
+                if part in row:
+                    axis.barh(y, row[part], left=left, color=colour, label=part if y == len(shown) - 1 else None)
+                    left += row[part]
+            if "rollout" not in row:
+                axis.barh(y, row["cpu_s"], color="#d0d0d0")
+            axis.text(row["cpu_s"], y, f" {row['cpu_s']:.3g}", va="center", fontsize=8)
+            if "floor_cpu_s" in row:
+                axis.plot(
+                    [row["floor_cpu_s"]] * 2, [y - 0.4, y + 0.4], "k", label="floor" if row is shown[-1] else None
+                )
+        axis.set_yticks(range(len(shown)), [NAMES[row["name"]] for row in shown], fontsize=8)
+        axis.set_title(f"{workload}: CPU seconds per update, one thread", fontsize=9)
+        axis.margins(x=0.12)
+    axes[0].legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def memory():
+    """Peak resident memory of the scripts, above what the imports take, beside bytes per parameter."""
+    rows = list({row["name"]: row for row in read("memory.jsonl")}.values())
+    figure, axis = plt.subplots(figsize=(4.5, 2.4))
+    for y, row in enumerate(rows[::-1]):
+        axis.barh(y, row["imports_mb"] / 1e3, color="#d0d0d0")
+        axis.barh(y, (row["peak_rss_mb"] - row["imports_mb"]) / 1e3, left=row["imports_mb"] / 1e3, color="#4878cf")
+        label = f" {row['peak_rss_mb'] / 1e3:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
+        axis.text(0.05, y, label, va="center", fontsize=8, color="white")
+    axis.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"].upper()) for row in rows[::-1]], fontsize=8)
+    axis.set_title("peak memory, GPT-2 124M, float32 (grey: imports)", fontsize=9)
+    return figure
+
+
+def learning():
+    """Reward of sampled responses against episodes and against seconds: mean and standard deviation over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+    for method, colour in METHODS.items():
+        curves = [row["curve"] for row in read("compare.jsonl") if row["method"] == method]
+        columns = [column for column in (0, 3) if all(len(point) > column for curve in curves for point in curve)]
+        for axis, column in zip(axes, columns, strict=False):
+            x, mean, low, high = [], [], [], []
+            for points in zip(*curves, strict=True):  # one point of each seed
+                window = [point[1] for point in points]
+                spread = statistics.stdev(window) if len(window) > 1 else 0.0
+                x.append(statistics.fmean(point[column] for point in points))
+                mean.append(statistics.fmean(window))
+                low.append(mean[-1] - spread)
+                high.append(mean[-1] + spread)
+            axis.plot(x, mean, color=colour, label=method, linewidth=1)
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes[0].set_xlabel("prompts", fontsize=8)
+    axes[0].set_title("reward, mean ± standard deviation over seeds", fontsize=9)
+    axes[0].legend(fontsize=7)
+    if axes[1].lines:
+        axes[1].set_xlabel("seconds of rollout, scoring and training", fontsize=8)
+    else:
+        axes[1].remove()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the PNG files go")
+    args = parser.parse_args()
+    for name, figure in (("step", step_time(["W1", "W2"])), ("memory", memory()), ("learning", learning())):
+        for axis in figure.axes:
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(args.folder / f"{name}.png", dpi=110)
+        print(args.folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

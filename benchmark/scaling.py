@@ -1,0 +1,87 @@
+"""How the cost of an update grows with model size, prompts per batch, response length and vocabulary.
+
+    python benchmark/scaling.py [--script remax]
+
+Four points each around a GPT-2 of width 192 with 32 prompts of 16 tokens, 48 response tokens and 1,000 token ids; each
+in a process of its own (step.py). The exponent of a part is the slope of log seconds over log size between the last
+two points, where fixed costs matter least; 1 is linear. Appends to benchmark/scaling.jsonl.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+import workloads
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("cpu_s", "rollout", "scoring", "reference", "training")
+BASE = dict(width=192, batch_size=32, response_length=48, vocab_size=1000)
+SWEEPS = dict(
+    width=(96, 192, 384, 768),
+    batch_size=(16, 32, 64, 128),
+    response_length=(24, 48, 96, 192),
+    vocab_size=(1000, 4000, 16000, 64000),
+)
+
+
+@dataclass
+class Args:
+    script: str = "remax"
+    """Script to measure."""
+    steps: int = 3
+    """Updates to take the median of."""
+    results: Path = HERE / "scaling.jsonl"
+    """File that the results are appended to."""
+
+
+def measure(script: str, steps: int, width: int, batch_size: int, response_length: int, vocab_size: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        shape = dict(n_embd=width, n_layer=4, n_head=4, n_positions=256, vocab_size=vocab_size)
+        workloads.save_policy(Path(folder, "policy"), "gpt2", **shape)
+        command = [
+            sys.executable,
+            HERE / "step.py",
+            "--script",
+            script,
+            "--model",
+            Path(folder, "policy"),
+            "--no-floor",
+        ]
+        command += ["--steps", steps, "--batch-size", batch_size, "--response-length", response_length]
+        command += ["--prompt-length", 16, "--results", "/dev/null"]
+        lines = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return next(json.loads(line) for line in lines if line.startswith("{"))
+
+
+def size_of(knob: str, value: int) -> float:
+    """What the cost should be linear in; of the width: the parameters of the blocks, which outnumber the others."""
+    return 12 * 4 * value**2 if knob == "width" else value
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    lines = []
+    for knob, values in SWEEPS.items():
+        rows = []
+        for value in values:
+            point = BASE | {knob: value}
+            row = measure(args.script, args.steps, **point)
+            rows.append(dict(script=args.script, knob=knob, **point) | {part: row[part] for part in PARTS})
+            rows[-1] |= dict(peak_rss_mb=row["peak_rss_mb"], n=args.steps, device=row["device"])
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        growth = math.log(size_of(knob, rows[-1][knob]) / size_of(knob, rows[-2][knob]))
+        slopes = {part: math.log(max(rows[-1][part], 1e-9) / max(rows[-2][part], 1e-9)) / growth for part in PARTS}
+        points = ", ".join(f"{row[knob]}: {row['cpu_s']:.2f}" for row in rows)
+        lines.append(f"| {knob} | {points} | " + " | ".join(f"{slopes[part]:.2f}" for part in PARTS) + " |")
+    print("| what grows | seconds per update | " + " | ".join(["all", *PARTS[1:]]) + " |\n" + "|---" * 7 + "|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
