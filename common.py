@@ -199,7 +199,7 @@ class Phases:
         self.process.start()
         theirs.close()
         with contextlib.suppress(EOFError):
-            result, self.peak = ours.recv()
+            result, self.cost = ours.recv()
         self.process.join()
         if (status := self.process.exitcode) < 0 and not self.signal:
             fail(f"{function.__name__} was ended by signal {-status}", status=128 - status)
@@ -215,7 +215,7 @@ class Phases:
         self.started += 1
         if self.started > len(self.journal):
             metrics = self.run(function, *args) or {}
-            self.journal.append(dict(phase=function.__name__, peak_memory_bytes=self.peak, metrics=metrics))
+            self.journal.append(dict(phase=function.__name__, **self.cost, metrics=metrics))
             if os.environ.get("RANK", "0") == "0":
                 write_whole(path, json_lines(self.journal))
             if self.signal:
@@ -238,7 +238,10 @@ def _send_result(pipe, environment: dict[str, str], function: Callable, args: tu
     os.environ.update(environment)
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")
-    pipe.send((function(*args), _peak_bytes()))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = function(*args)
+    seconds = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start)
+    pipe.send((result, dict(peak_memory_bytes=_peak_bytes()) | seconds))
 
 
 def set_seed(*numbers: int) -> None:

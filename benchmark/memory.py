@@ -18,8 +18,8 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 
-# script: (models that are trained, models that are frozen), all of one size. Place for spr.py, phase by phase: (1, 0).
-MODELS = dict(reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
+# script: (models that are trained, models that are frozen), all of one size. Phases of spr.py have one model each.
+MODELS = dict(sft=(1, 0), spr=(1, 0), reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
 SIZES = {"1.3B": 1.3e9, "7B": 6.7e9}
 
 
@@ -47,9 +47,9 @@ def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int
 
 
 def extrapolated() -> str:
-    """Gigabytes on each device in bfloat16, for one model size after another: ReMax (and REINFORCE) | PPO."""
-    lines = ["| devices | ZeRO | offload | " + " | ".join(f"{size}: ReMax | {size}: PPO" for size in SIZES) + " |"]
-    lines.append("|---" * (3 + 2 * len(SIZES)) + "|")
+    """Gigabytes on each device in bfloat16, for one model size after another: SPR (and SFT) | ReMax (and REINFORCE) | PPO."""
+    titles = [f"{size}: {name}" for size in SIZES for name in ("SPR", "ReMax", "PPO")]
+    lines = ["| devices | ZeRO | offload | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
     for ranks in (1, 4, 8):
         for zero_stage in (0, 1, 2, 3):
             for offload in (False, True) if zero_stage else (False,):
@@ -59,7 +59,7 @@ def extrapolated() -> str:
                 cells = [
                     f"{bytes_per_parameter(script, **settings) * n / 1e9:.0f}"
                     for n in SIZES.values()
-                    for script in ("remax", "ppo")
+                    for script in ("spr", "remax", "ppo")
                 ]
                 lines.append(
                     "| " + " | ".join([str(ranks), str(zero_stage), "yes" if offload else "no", *cells]) + " |"

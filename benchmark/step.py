@@ -1,12 +1,16 @@
 """Seconds per update, by part, and peak memory of a script, beside the floor: what its unavoidable parts take alone.
 
-    python benchmark/step.py --script remax|reinforce|ppo --workload W1|W2 --steps 5 [--ppo-epochs 4]
+    python benchmark/step.py --script remax|reinforce|ppo|spr|sft --workload W1|W2 --steps 5 [--ppo-epochs 4]
 
 It runs the script's own main() on random weights (or on the model that you name) with the end of text suppressed, so
 that all responses have full length, and reads the script's own clock. Then, in the same process, the floor: one decode
 loop with a cache, one forward of the reward model, one of the reference over response positions only, forward and
 backward and an optimizer step per epoch, each written with bare calls of transformers and torch, without masks, text
 or engine. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds (`median_s`) on a GPU.
+
+A step of `spr` is an iteration of one pass over two samples per prompt, as many as ReMax generates; `sft` is spr.py on
+as many demonstrations. Their phases are processes of their own, so their seconds come from the run's journal and count
+the loading of models, too.
 """
 
 import json
@@ -36,7 +40,7 @@ PARTS = ("rollout", "scoring", "reference", "training", "rest")
 
 @dataclass
 class Args:
-    script: Literal["remax", "reinforce", "ppo"] = "remax"
+    script: Literal["remax", "reinforce", "ppo", "spr", "sft"] = "remax"
     """Script to measure."""
     workload: Literal["W1", "W2", "G1", "G2", "G3", "tiny"] = "W1"
     """Model and batch, see workloads.py."""
@@ -105,6 +109,22 @@ def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, tor
     return steps
 
 
+def run_phases(args: Args, folder: Path, flags: list[str]) -> list[dict[str, torch.Tensor]]:
+    """The same for spr.py, whose iterations are steps."""
+    common.eos_ids = lambda model, tokenizer: [-1]
+    sys.argv = ["spr.py", *flags, "--output-dir", str(folder / "run")]
+    import_module("spr").main()
+    journal = common.read_rows(folder / "run" / "phases.jsonl")
+    names = dict(generate="rollout", score="scoring", train="training")
+    steps = [{part: torch.zeros(2, dtype=torch.float64) for part in PARTS} for _ in range(args.steps + 2)]
+    done = 0
+    for line in journal:
+        seconds = torch.tensor([line["seconds"], line["cpu_seconds"]], dtype=torch.float64)
+        steps[done][names.get(line["phase"], "rest")] += seconds
+        done += line["phase"] == "train"
+    return steps[1:done]
+
+
 def decode(model, prompts_BP: torch.Tensor, length: int, greedy: bool) -> torch.Tensor:
     """Sampled rows, and a greedy row per prompt beside them: one prefill, one cache."""
     cache, tokens_BL = transformers.DynamicCache(config=model.config), prompts_BP
@@ -134,6 +154,8 @@ def floor(args: Args, placement: common.Placement, model: str, reward_model: str
     reward = common.load_model(reward_model, classifier, placement, num_labels=1).eval().to(placement.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
+    if args.script in ("spr", "sft"):
+        prompts_BP = prompts_BP.repeat_interleave(2, 0)
     models = [policy] + [reward] * (args.script == "ppo")  # the value model has the reward model's shape
     micro = placement.micro_batch_size
     tokens_BL = None
@@ -165,8 +187,13 @@ def floor(args: Args, placement: common.Placement, model: str, reward_model: str
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-    parts = {}
-    for part, times in ((rollout, 1), (scoring, 1), (reference, 1), (training, epochs), (step, epochs * len(models))):
+    parts, times_of = {}, {rollout: 1, scoring: 1, reference: 1, training: epochs, step: epochs * len(models)}
+    if args.script == "spr":
+        del times_of[reference]
+    if args.script == "sft":
+        rollout()  # for the tokens
+        times_of = {training: 1, step: 1}
+    for part, times in times_of.items():
         seconds = []
         for _ in range(args.steps + 1):
             start = now()
@@ -202,15 +229,28 @@ def main() -> None:
         workloads.save_reward_model(folder / "reward_model", model, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         prompts_BP = workloads.random_prompts(len(tokenizer), batch_size, prompt_length)
-        rows = [json.dumps(dict(prompt=text)) + "\n" for text in tokenizer.batch_decode(prompts_BP)]
-        (folder / "prompts.jsonl").write_text("".join(rows))
+        texts = (
+            tokenizer.batch_decode(prompts_BP),
+            tokenizer.batch_decode(workloads.random_prompts(len(tokenizer), batch_size, response_length - 1)),
+        )
+        rows = [dict(prompt=prompt, completion=completion) for prompt, completion in zip(*texts, strict=True)]
+        (folder / "prompts.jsonl").write_text(common.json_lines(rows))
         flags = ["--model", model, "--reward-model", str(folder / "reward_model"), "--dataset"]
         flags += [str(folder / "prompts.jsonl"), "--eval-every", "0", "--batch-size", str(batch_size)]
-        flags += ["--total-episodes", str(batch_size * (args.steps + 2)), "--response-length", str(response_length)]
+        flags += ["--response-length", str(response_length)]
         flags += ["--max-prompt-length", str(prompt_length), "--micro-batch-size", str(batch_size)]
         flags += "--learning-rate 1e-5 --max-grad-norm 1.0".split()
         flags += ["--num-epochs", str(args.ppo_epochs)] if args.script == "ppo" else []
-        steps = run_script(args, folder, flags + shlex.split(args.flags))
+        if args.script in ("spr", "sft"):
+            flags += ["--iterations", str(args.steps + 1), "--epochs-per-iteration", "1"]
+            samples = "--num-samples 2 --completion-column none"
+            flags += (samples if args.script == "spr" else "--num-samples 0 --weighting uniform").split()
+            prompts = batch_size * (1 if args.script == "spr" else 2)
+            flags += ["--prompts-per-iteration", str(prompts), "--batch-size", str(prompts)]
+            steps = run_phases(args, folder, flags + shlex.split(args.flags))
+        else:
+            flags += ["--total-episodes", str(batch_size * (args.steps + 2))]
+            steps = run_script(args, folder, flags + shlex.split(args.flags))
         saved = json.loads((folder / "run" / "args.json").read_text())
         metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
