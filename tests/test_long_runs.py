@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from conftest import SCRIPTS, assert_ok, run_script
-from test_resume import ROOT, finish, latest, started, state
+from test_resume import ROOT, finish, latest, started, state, told
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def test_killed_again_and_again(tmp_path, script):
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 1))
             codes = [process.poll() for process in processes]
-            assert set(codes) <= {None, 0}, [process.communicate()[0][-2000:] for process in processes]
+            assert set(codes) <= {None, 0}, told(processes)
             kills += None in codes
             for process in random.sample(processes, 2):
                 process.kill()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -33,15 +34,23 @@ def started(command, ranks):
     for rank in range(ranks):
         variables = {name: str(value) for name, value in (group | dict(RANK=rank, LOCAL_RANK=rank)).items()}
         environment = script_environment() | variables
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop a long run
         words = [sys.executable, *map(str, command)]
-        processes.append(subprocess.Popen(words, env=environment, **pipes))
+        processes.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        processes[-1].log = log
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.log.close()
+
+
+def told(processes) -> str:
+    for process in processes:
+        process.log.seek(0)
+    return "\n".join(process.log.read()[-3000:] for process in processes)
 
 
 def latest(folder) -> int:
@@ -52,15 +61,14 @@ def latest(folder) -> int:
 def finish(command, ranks):
     with started(command, ranks) as processes:
         for process in processes:
-            out, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, out[-3000:]
+            assert process.wait(timeout=600) == 0, told(processes)
 
 
 def kill_at_random(command, ranks, folder, longest) -> None:
     with started(command, ranks) as processes:
         while not latest(folder):
             time.sleep(0.01)
-            assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-3000:]
+            assert all(process.poll() is None for process in processes), told(processes)
         time.sleep(random.uniform(0, longest))
         for process in random.sample(processes, ranks):
             process.kill()
@@ -72,7 +80,7 @@ def kill_in_a_save(command, ranks, point) -> None:
         while all(process.poll() is None for process in processes):
             time.sleep(0.05)
         codes = [process.poll() for process in processes]
-        assert -signal.SIGKILL in codes, [process.communicate()[0][-2000:] for process in processes]
+        assert -signal.SIGKILL in codes, told(processes)
 
 
 def state(script, folder):
