@@ -50,6 +50,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_TQDM", "1")  # the libraries' own bars; this file makes its bar with disable=False
 import deepspeed  # noqa: E402
 import transformers  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param  # noqa: E402
 
 # A C++ op that only makes CPU collectives faster and takes a minute to compile on first use.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -173,11 +174,13 @@ class Phases:
     def __init__(self):
         import transformers.modeling_utils  # noqa: F401  (seconds, that would be spent in each forked process)
 
-        self.process, self.signal, self.started = None, 0, 0
+        self.process, self.signal, self.started, self.pid = None, 0, 0, os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._hand_on)
 
     def _hand_on(self, number, frame) -> None:
+        if os.getpid() != self.pid:  # a forked process that has not come to _send_result yet
+            os._exit(128 + number)
         self.signal = self.signal or number
         if not (self.process and self.process.is_alive()):
             raise SystemExit(128 + number)
@@ -203,13 +206,15 @@ class Phases:
         self.process.join()
         if (status := self.process.exitcode) < 0 and not self.signal:
             fail(f"{function.__name__} was ended by signal {-status}", status=128 - status)
+        if status < 0 and self.started:  # a phase that takes no time to say so itself
+            print(how_to_go_on(f"in {function.__name__}", self.folder))
         if status:
             raise SystemExit(status if status > 0 else 128 - status)
         return result
 
     def run_once(self, folder: Path, function: Callable, *args) -> dict:
         """The same for a phase that returns metrics, unless the journal in the run's folder has its line already."""
-        path = folder / "phases.jsonl"
+        self.folder, path = folder, folder / "phases.jsonl"
         if not self.started:
             self.journal = read_rows(path)
         self.started += 1
@@ -233,6 +238,8 @@ def _launcher_store() -> dist.Store:
 
 def _send_result(pipe, environment: dict[str, str], function: Callable, args: tuple) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the process that started this one
+    if os.getppid() != multiprocessing.parent_process().pid:  # it is dead already
+        os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     os.environ.update(environment)
@@ -730,6 +737,38 @@ def optimizer_step(engine, learning_rate: float) -> tuple[float, int]:
     return norm.item(), engine.skipped_steps
 
 
+def _master_weights(engine) -> dict[str, torch.Tensor | None]:
+    """Name -> float32 weight behind each bfloat16 parameter; None where DeepSpeed's own functions find it."""
+    groups = (getattr(engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
+    pairs = zip(*map(itertools.chain.from_iterable, groups), strict=True)
+    known = {id(p): master for p, master in pairs} if engine.zero_optimization_stage() == 0 else {}
+    return {name: known.get(id(p)) for name, p in engine.module.named_parameters()}
+
+
+@torch.no_grad()
+def save_master_weights(engine, path: Path) -> None:
+    """What a bfloat16 engine has learned, unrounded: rounded at each hand-over, small steps would never add up."""
+    masters, parameters = _master_weights(engine), dict(engine.module.named_parameters())
+    for name, master in masters.items():
+        master = safe_get_full_fp32_param(parameters[name]) if master is None else master
+        masters[name] = master.detach().cpu().contiguous()
+    if dist.get_rank() == 0:
+        save_file(masters, path)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load_master_weights(engine, path: Path) -> None:
+    parameters = dict(engine.module.named_parameters())
+    with safe_open(path, "pt") as file:
+        for name, master in _master_weights(engine).items():
+            weight = file.get_tensor(name).to(engine.device)
+            if master is None:
+                safe_set_full_fp32_param(parameters[name], weight)
+            else:
+                master.copy_(weight)
+
+
 def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_updates: int) -> float:
     """The learning rate of an update (1 … num_updates): linear warm-up, then constant, or down to 0."""
     warmup = math.ceil(warmup_ratio * num_updates)
@@ -966,7 +1005,7 @@ def load_classifier(path: str, placement: Placement):
 
 
 def average_models(new: Path, old: Path, share: float, folder: Path) -> None:
-    """share · new + (1 − share) · old, both saved models, into a folder like theirs; a tensor at a time in memory."""
+    """share · new + (1 − share) · old, both saved models, into a folder like theirs; a file at a time in memory."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(new, folder)
     for path in folder.glob("*.safetensors"):
@@ -1185,8 +1224,9 @@ class Run:
         self.bar = tqdm(total=total, unit=unit, disable=not (self.main and total))
         self.bar.update(self.checkpointed)
         self.signal, self.skipped, self.not_finite = 0, 0, []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember_signal)
+        if total:  # something whose steps end in stop_if_asked; what has none may end at once
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._remember_signal)
 
     def _remember_signal(self, number, frame) -> None:
         self.signal = self.signal or number

@@ -128,7 +128,7 @@ class Args:
     num_samples: NonNegativeInt = 8
     """Sampled responses per prompt; the rows of an update are --batch-size times this."""
     epochs_per_iteration: PositiveInt = 2
-    """Passes over an iteration's responses."""
+    """Passes over an iteration's responses, rounded down to whole updates."""
     beta: PositiveFloat = 1.0
     """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
@@ -196,64 +196,76 @@ def value_targets(rewards_B, values_BT, mask_BT, gamma):
 
 def main() -> None:
     args = common.parse_args(Args)
-    if args.level == "token" and (args.weighting != "spr" or args.num_samples == 0):
-        common.fail("--level token weights the tokens of samples: it needs --weighting spr and --num-samples above 0")
+    if args.level == "token" and (args.weighting != "spr" or args.num_samples == 0 or args.sampling_threshold):
+        common.fail("--level token weights samples: no other --weighting, no --num-samples 0, no --sampling-threshold")
+    if args.reference == "learned" and args.weighting != "spr":
+        common.fail(f"--reference learned needs --weighting spr: {args.weighting} weights have no reference")
     if args.batch_size > args.epochs_per_iteration * args.prompts_per_iteration:
         common.fail(f"--batch-size {args.batch_size} is more than all the prompts that an iteration passes over")
+    phases = common.Phases()
+    phases.run(check, args)
 
     # 1. Models: none in this process. Each phase below is a process of its own, which holds one model, hands over to
     #    the next through files and returns what it has measured. A journal has the finished ones; --resume skips them.
-    tokenizer = common.load_tokenizer(args.model)
-    scored = args.num_samples > 0 or args.weighting != "uniform"  # else it is supervised fine-tuning
-    if scored and not args.reward_function:
-        common.load_tokenizer(args.reward_model)  # a wrong path is better told now than after the first rollout
-    for function in filter(None, (args.reward_function, args.gold_reward_function)):
-        common.function_from_file(function)
 
     # 2. Data
     data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
-    data |= dict(completion_column=args.completion_column, max_completion=args.response_length)
-    load_prompts = functools.partial(common.load_prompts, tokenizer=tokenizer, **data)
+    if args.level == "sequence":
+        data |= dict(completion_column=args.completion_column, max_completion=args.response_length)
+    load_prompts = functools.partial(common.load_prompts, tokenizer=common.load_tokenizer(args.model), **data)
     held_out = (args.eval_dataset, args.eval_size if args.eval_every else 0)
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, *held_out)
+    if not prompts[0].demonstrations and (args.num_samples == 0 or args.sampling_threshold > 0):
+        common.fail(f"{args.dataset}: demonstrations are wanted, but there is no column {args.completion_column!r}")
 
-    phases = common.Phases()
     if not args.resume:
         args.resume = args.output_dir = phases.run(common.open_run, args, __file__)
     phase = functools.partial(phases.run_once, Path(args.resume))
     metrics = dict(episodes=0)
-
-    for k in range(1, args.iterations + 1):
-        start = (k - 1) * args.prompts_per_iteration
-        indices = common.shuffled_indices(len(prompts), args.seed, start, args.prompts_per_iteration)
+    for k in range(1, args.iterations + 2):
+        start, size = (k - 1) * args.prompts_per_iteration, args.prompts_per_iteration * (k <= args.iterations)
+        indices = common.shuffled_indices(len(prompts), args.seed, start, size)
         it = Iteration(args, k, [prompts[i] for i in indices], eval_prompts)
 
         # 3. Rollout: N responses of the policy as it is now to each prompt of the slice
         measured = phase(generate, args, it)
 
-        # 4. Score, and log the iteration before, whose policy this has evaluated
+        # 4. Score; and log the iteration before, whose policy has been evaluated now
         if it.eval_prompts:
             phase(measure_kl, args, it)
         measured |= phase(score, args, it, metrics)
+        if k > args.iterations:
+            break
 
         # 5. Update: the weights, if they wait for a fitted W, and weighted maximum likelihood
         if args.level == "token":
             for sweep in range((k - 1) * args.td_sweeps, k * args.td_sweeps):
                 phase(write_targets, args, it, sweep)
-                phase(fit_action_values, args, it, sweep)
+                measured |= phase(fit_action_values, args, it, sweep)
         if it.fits_reference:
             measured |= phase(fit_reference, args, it)
         metrics = measured | phase(train, args, it)
 
-    # 6. Log the last one
-    it = Iteration(args, args.iterations + 1, [], eval_prompts)
-    phase(generate, args, it)
-    if it.eval_prompts:
-        phase(measure_kl, args, it)
-    phase(score, args, it, metrics)
+        # 6. Log: `train` has logged its updates but the last, which waits for the evaluation
 
     # 7. Save. That what was saved is what was trained, `train` has checked.
     phases.run(save, args, it)
+
+
+def check(args) -> None:
+    """What is wrong is better told now than after the first rollout."""
+    _, world_size, _ = common.start_processes()
+    common.exact_division(args.batch_size, world_size, "the number of ranks", "--batch-size")
+    if args.offload and args.zero_stage == 0:
+        common.fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+    for function in filter(None, (args.reward_function, args.gold_reward_function)):
+        common.function_from_file(function)
+    if is_scored(args) and not args.reward_function:
+        common.load_tokenizer(args.reward_model)
+
+
+def is_scored(args) -> bool:
+    return args.num_samples > 0 or args.weighting != "uniform"  # else it is supervised fine-tuning
 
 
 class Iteration:
@@ -265,45 +277,43 @@ class Iteration:
         self.policy = args.model if k == 1 else str(self.before / "policy")  # π_k
         self.num_updates = args.epochs_per_iteration * args.prompts_per_iteration // args.batch_size
         self.updates_before = (k - 1) * self.num_updates
-        every, last_chance = max(1, args.eval_every), self.updates_before - self.num_updates
-        evaluated = k > args.iterations or self.updates_before // every > last_chance // every
-        self.eval_prompts = eval_prompts if evaluated else []
+        every, since = max(1, args.eval_every), self.updates_before - self.num_updates
+        is_due = self.updates_before // every > since // every  # a multiple of it has passed
+        self.eval_prompts = eval_prompts if is_due or k > args.iterations else []
         self.num_samples = args.num_samples if k > args.sampling_threshold else 0
-        demonstrations = bool(prompts and prompts[0].demonstrations) and args.level == "sequence"
+        demonstrations = bool(prompts and prompts[0].demonstrations)
         self.rows_per_prompt = self.num_samples + demonstrations  # the demonstration is the last
-        self.fits_reference = args.level == "token" or (args.reference == "learned" and args.weighting == "spr")
-        if prompts and self.rows_per_prompt == 0:
-            common.fail(f"{args.dataset}: no samples are wanted and column {args.completion_column!r} is not there")
+        self.fits_reference = args.level == "token" or args.reference == "learned"
 
 
 def begin(args, it: Iteration, total: int = 0, unit: str = "update", done: int | None = None) -> tuple:
-    """-> (run, placement, rank, number of ranks). `done`: updates whose rows of metrics are final."""
+    """-> (run, placement, rank, number of ranks). `done`: updates whose rows of metrics are there to stay."""
     rank, world_size, device = common.start_processes()
     placement = common.Placement(
         device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
     )
-    done = it.updates_before - 1 if done is None else done  # `score` logs the last row of the iteration before
+    done = it.updates_before if done is None else done
     return common.Run(args, __file__, total, unit, done), placement, rank, world_size
 
 
 def generate(args, it: Iteration) -> dict:
     """Samples of π_k, by token ids (texts may become other tokens); its greedy responses to held-out prompts."""
-    run, placement, rank, world_size = begin(args, it, len(it.prompts), "prompt")
+    run, placement, rank, world_size = begin(args, it, len(it.prompts), "prompt", it.updates_before - 1)
     clock = common.Clock()
-    B = common.exact_division(args.batch_size, world_size, "the number of ranks", "--batch-size")
-    N = it.num_samples
-    if N or it.eval_prompts:
+    B, N = args.batch_size // world_size, it.num_samples
+    if N and it.prompts or it.eval_prompts:
         tokenizer = common.load_tokenizer(args.model)
         policy = common.load_policy(it.policy, placement)
         common.check_vocabulary(policy.model, tokenizer)
         eos_ids = common.eos_ids(policy.model, tokenizer)
-        common.check_length(policy.model, args.max_prompt_length, args.response_length)
+        beyond = args.level == "token"  # the state after the last token has a value, too
+        common.check_length(policy.model, args.max_prompt_length, args.response_length + beyond)
         policy = common.freeze(policy, placement)
         sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
         rollout = functools.partial(common.rollout, policy, device=placement.device, **sampling)
 
-    if run.main:  # what is no more needed
-        shutil.rmtree(it.folder.with_name(f"iteration-{it.k - 2}") / "policy", ignore_errors=True)
+    for name in ("policy", "reference_model"):  # what is no more needed
+        shutil.rmtree(it.folder.with_name(f"iteration-{it.k - 2}") / name, ignore_errors=True)
     if it.eval_prompts:
         mine, rows = common.deal_out(it.eval_prompts), []
         for batch, _ in common.micro_batches(len(mine), B):
@@ -325,7 +335,7 @@ def generate(args, it: Iteration) -> dict:
         rows = common.rows_of(rollout(mine, num_samples=N, greedy=False)) if N else []
         groups = [rows[i * N : (i + 1) * N] + prompt.demonstrations for i, prompt in enumerate(mine)]
         groups = common.gather_rows(groups)[: len(prompts)]
-        common.write_rows(path, [row for group in groups for row in group[: it.rows_per_prompt]], append=True)
+        common.write_rows(path, [row for group in groups for row in group], append=True)
         run.bar.update(len(prompts))
         run.stop_if_asked(it.updates_before, placement.device)
     run.close()
@@ -339,7 +349,7 @@ def logprob_sums(policy, responses, args) -> list[float]:
 
 def measure_kl(args, it: Iteration) -> None:
     """log π_k, which `generate` has left, less log π of the initial policy, for the held-out responses."""
-    run, placement, *_ = begin(args, it)
+    run, placement, *_ = begin(args, it, done=it.updates_before - 1)
     policy = common.freeze(common.load_policy(args.model, placement), placement)
     rows = common.read_rows(it.before / "held_out.jsonl")
     sums_of = functools.partial(logprob_sums, policy, args=args)
@@ -351,10 +361,10 @@ def measure_kl(args, it: Iteration) -> None:
 
 def score(args, it: Iteration, metrics: dict) -> dict:
     """Rewards of all responses; the samples' weights, unless W is to be fitted; the row of the iteration before."""
-    run, placement, *_ = begin(args, it)
+    run, placement, *_ = begin(args, it, done=it.updates_before - 1)
     clock = common.Clock()
     scorers = {}
-    if args.num_samples or args.weighting != "uniform":
+    if is_scored(args):
         reward = (args.reward_model, args.reward_function, args.missing_eos_penalty)
         scorers["reward"] = common.Reward(*reward, placement)
     if args.gold_reward_function:
@@ -414,8 +424,10 @@ def weights_of(rewards_BN, weighting: str, beta: float):
 
 def write_weights(it: Iteration, rows: list[dict], weights: list) -> dict[str, float]:
     """Gives each row its weight or its tokens' weights -> metrics; those of tokens enter by their mean."""
-    common.write_rows(it.folder / "samples.jsonl", [row | dict(weight=w) for row, w in zip(rows, weights, strict=True)])
     means = [sum(w) / len(w) if isinstance(w, list) else w for w in weights]
+    if not all(map(math.isfinite, means)):
+        common.fail("a fitted W is so far off that weights are not finite: raise --beta", status=1)
+    common.write_rows(it.folder / "samples.jsonl", [row | dict(weight=w) for row, w in zip(rows, weights, strict=True)])
     shares_BN = torch.tensor(means, dtype=torch.float64).view(-1, it.rows_per_prompt)
     shares_BN = shares_BN / shares_BN.sum(1, keepdim=True).clamp(min=1e-300)
     metrics = dict(weight_ess=(1 / shares_BN.square().sum(1).clamp(min=1e-300)).mean().item())
@@ -445,17 +457,21 @@ def optimize(engine, args, it: Iteration, rows_of: Callable, loss_of: Callable, 
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, it.num_updates)
         grad_norm, skipped = common.optimizer_step(engine, learning_rate)
         yield step, torch.stack(losses).sum() * world_size, learning_rate, grad_norm, skipped
+    if skipped == it.num_updates:
+        common.fail(f"iteration {it.k}: no step had a finite loss and gradient: lower --learning-rate", status=1)
 
 
 def train(args, it: Iteration) -> dict:
     """π_{k+1}, from π_k on. Each iteration is a fit of its own, with its own optimizer and learning rate schedule."""
-    run, placement, _, world_size = begin(args, it, args.iterations * it.num_updates, done=it.updates_before)
+    run, placement, _, world_size = begin(args, it, args.iterations * it.num_updates)
     clock = common.Clock()
     device, n = placement.device, it.rows_per_prompt
     tokenizer = common.load_tokenizer(args.model)
     rows_per_step = args.batch_size // world_size * n
     policy = common.load_policy(it.policy, placement)
     policy = common.train_engine(policy, placement, rows_per_step, args.max_grad_norm, args.gradient_checkpointing)
+    if args.dtype == "bfloat16" and it.k > 1:
+        common.load_master_weights(policy, it.before / "policy" / "masters.safetensors")
     first = max(run.load_checkpoint(policy) - it.updates_before, 1)
     run.bar.update(it.updates_before + first - 1 - run.bar.n)
     lines = (it.folder / "samples.jsonl").read_bytes().splitlines()
@@ -482,16 +498,20 @@ def train(args, it: Iteration) -> dict:
                 run.save_checkpoint(update, policy)
             run.stop_if_asked(update, device, policy)
     common.save_model(policy, tokenizer, it.folder / "policy", device)
-    probe = common.responses_of(*zip(*rows_of(0), strict=True), device)
+    if args.dtype == "bfloat16" and it.k < args.iterations:
+        common.save_master_weights(policy, it.folder / "policy" / "masters.safetensors")
+    probe = common.responses_of(*zip(*rows_of(0)[:1], strict=True), device)
     common.check_saved(policy, it.folder / "policy", probe, args.temperature, placement)
     run.close()
     return metrics | dict(seconds_train=clock.lap())
 
 
 def save(args, it: Iteration) -> None:
-    run, *_ = begin(args, it, done=it.updates_before)
+    run, *_ = begin(args, it)
     if run.main and Path(it.policy).exists():
         Path(it.policy).rename(run.folder / "policy")
+        for folder in (it.before / "reference_model", run.folder / "values"):
+            shutil.rmtree(folder, ignore_errors=True)
     run.finish("policy")
 
 
@@ -515,8 +535,8 @@ def token_values(model, prompts, rows, entry: int, size: int, device) -> list[li
         return common.map_rows(values_of, prompts, rows, size, device)
 
 
-def fit_values(args, it: Iteration, run, placement, start: Path, path: Path, triples: list, loss_of: Callable):
-    """Fits a model with a scalar head to (prompt, row, values) of all samples; goes on from `start` if it is there."""
+def fit_values(args, it: Iteration, placement, start: Path, path: Path, triples: list, loss_of: Callable):
+    """Fits a model with a scalar head to (prompt, row, values) of all samples, from `start` on -> engine, metrics."""
     n, device = it.rows_per_prompt, placement.device
     model = common.load_value_model(str(start) if start.exists() else None, args.model, placement)
     rows_per_step = args.batch_size // dist.get_world_size() * n
@@ -529,10 +549,9 @@ def fit_values(args, it: Iteration, run, placement, start: Path, path: Path, tri
         loss = loss_of(state_values(engine, responses), values_BT, responses.mask_BT.bool())
         return loss / (args.batch_size * n)
 
-    for _ in optimize(engine, args, it, lambda i: triples[i * n : (i + 1) * n], loss_of_rows):
-        run.stop_if_asked(it.updates_before, device)
+    *_, last = optimize(engine, args, it, lambda i: triples[i * n : (i + 1) * n], loss_of_rows)
     common.save_model(engine, common.load_tokenizer(args.model), path, device)
-    return engine
+    return engine, common.global_means(device, value_loss=last[1])
 
 
 def fit_reference(args, it: Iteration) -> dict:
@@ -549,14 +568,15 @@ def fit_reference(args, it: Iteration) -> dict:
         return linex_loss(values_BT[mask_BT][:, None], reference_BT[mask_BT], args.beta) * mask_BT.sum()
 
     start, path = it.before / "reference_model", it.folder / "reference_model"
-    model = fit_values(args, it, run, placement, start, path, list(zip(prompts, states, values, strict=True)), loss_of)
+    triples = list(zip(prompts, states, values, strict=True))
+    model, metrics = fit_values(args, it, placement, start, path, triples, loss_of)
     references = token_values(model, prompts, states, 0, args.micro_batch_size, placement.device)
     pairs = ((torch.tensor(v), torch.tensor(w) + offset) for v, w in zip(values, references, strict=True))
     weights = [
         sample_weights(values_T[:, None], reference_T, args.beta).flatten().tolist() for values_T, reference_T in pairs
     ]
     weights = weights if args.level == "token" else [weight for (weight,) in weights]
-    metrics = write_weights(it, rows, weights)
+    metrics |= write_weights(it, rows, weights)
     run.close()
     return metrics
 
@@ -583,7 +603,7 @@ def write_targets(args, it: Iteration, sweep: int) -> None:
     run.close()
 
 
-def fit_action_values(args, it: Iteration, sweep: int) -> None:
+def fit_action_values(args, it: Iteration, sweep: int) -> dict:
     """One sweep of temporal differences (Algorithm 1, line 4)."""
     run, placement, *_ = begin(args, it)
     prompts, rows = samples(it)
@@ -593,10 +613,11 @@ def fit_action_values(args, it: Iteration, sweep: int) -> None:
 
     triples = list(zip(prompts, rows, common.read_rows(it.folder / "targets.jsonl"), strict=True))
     start, path = run.folder / "values" / f"q-{sweep - 1}", run.folder / "values" / f"q-{sweep}"
-    model = fit_values(args, it, run, placement, start, path, triples, loss_of)
+    model, metrics = fit_values(args, it, placement, start, path, triples, loss_of)
     values = token_values(model, prompts, rows, 1, args.micro_batch_size, placement.device)
     common.write_rows(it.folder / "q_values.jsonl", values)
     run.close()
+    return metrics
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int
 
 
 def extrapolated() -> str:
-    """Gigabytes on each device in bfloat16, for one model size after another: SPR (and SFT) | ReMax (and REINFORCE) | PPO."""
+    """Gigabytes on each device in bfloat16, by model size: SPR (and SFT), ReMax (and REINFORCE), PPO."""
     titles = [f"{size}: {name}" for size in SIZES for name in ("SPR", "ReMax", "PPO")]
     lines = ["| devices | ZeRO | offload | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
     for ranks in (1, 4, 8):

@@ -301,8 +301,10 @@ def test_a_killed_run_goes_on_without_generating_anything_again(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--level token --weighting uniform", "--level token weights the tokens of samples"),
-        ("--num-samples 0", "no samples are wanted and column 'completion' is not there"),
+        ("--level token --weighting uniform", "--level token weights samples"),
+        ("--reference learned --weighting best-of-n", "--reference learned needs --weighting spr"),
+        ("--num-samples 0", "demonstrations are wanted, but there is no column 'completion'"),
+        ("--offload", "needs --zero-stage 1, 2 or 3"),
         ("--batch-size 600", "--batch-size 600 is more than"),
         ("--beta 0", "is not a number above 0"),
         ("--reward-model nowhere", "nowhere: no tokenizer could be loaded"),
@@ -314,6 +316,70 @@ def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path):
     text = " ".join(result.stderr.replace("│", " ").split())
     assert result.returncode == 2 and message in text and "Traceback" not in text
     assert not (tmp_path / "r").exists()  # so that the same command, mended, runs
+
+
+MASTERS = """
+import sys, torch, common
+from pathlib import Path
+rank, _, device = common.start_processes()
+placement = common.Placement(device, "bfloat16", "sdpa", int(sys.argv[2]), False, 2)
+def engine():
+    return common.train_engine(common.load_policy(str(common.EXAMPLE / "policy"), placement), placement, 2, 1.0, False)
+first, inputs = engine(), (torch.arange(8).view(2, 4), torch.ones(2, 4).long(), torch.arange(10).view(2, 5), 1.0)
+def step(engine):
+    common.backward(engine, -engine(*inputs).mean(), True)
+    common.optimizer_step(engine, 1e-6)
+step(first)
+folder = Path(sys.argv[1])
+common.save_master_weights(first, folder / "one.safetensors")
+second = engine()
+common.load_master_weights(second, folder / "one.safetensors")
+common.save_master_weights(second, folder / "two.safetensors")
+step(second)
+common.save_master_weights(second, folder / "three.safetensors")
+"""
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_float32_masters_are_handed_over_unrounded(zero_stage, tmp_path):
+    command = [sys.executable, "-c", MASTERS, str(tmp_path), str(zero_stage)]
+    result = subprocess.run(command, env=script_environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert_ok(result)
+    one, two, three = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two", "three"))
+    name = "model.transformer.h.0.mlp.c_fc.weight"
+    assert all(torch.equal(one[key], two[key]) for key in one) and one[name].dtype == torch.float32
+    assert (one[name] != one[name].bfloat16().float()).any()  # what the saved model rounds
+    assert 0 < (three[name] - one[name]).abs().max() < 1e-5  # and what is trained goes on from there
+
+
+@pytest.mark.slow
+def test_bfloat16_goes_on_from_the_masters(tmp_path):
+    flags = [*SMALL, "--dtype", "bfloat16", "--save-every", "1"]
+    assert_ok(run_script("spr.py", *flags, "--output-dir", tmp_path / "r"))
+    assert not list((tmp_path / "r" / "policy").glob("masters*"))
+    assert read_metrics(tmp_path / "r")[-1]["update"] == 4
+
+
+@pytest.mark.slow
+def test_a_reward_function_that_computes_in_parallel_at_import_does_not_hang(tmp_path):
+    """Its threads must not be started in the process that forks the others."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nTABLE = torch.ones(4_000_000).add(1.0)\n"
+        "def reward(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
+    )
+    flags = [*SMALL, "--iterations", "1", "--eval-every", "0", "--reward-function", f"{tmp_path / 'mine.py'}:reward"]
+    command = [sys.executable, str(ROOT / "spr.py"), *flags, "--output-dir", str(tmp_path / "r")]
+    environment = script_environment() | dict(OMP_NUM_THREADS="2")
+    assert_ok(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200))
+
+
+def test_the_last_position_of_the_model_can_be_used(tmp_path):
+    flags = "--iterations 1 --prompts-per-iteration 4 --batch-size 4 --epochs-per-iteration 1 --num-samples 1".split()
+    flags += "--eval-every 0 --max-prompt-length 64 --response-length 64".split()
+    token = ("--level", "token", "--output-dir", tmp_path / "token")
+    one, other = together(run_script, ("spr.py", *flags, "--output-dir", tmp_path / "r"), ("spr.py", *flags, *token))
+    assert_ok(one)
+    assert other.returncode == 2 and "is more than the model's 128 positions" in other.stderr
 
 
 # ---------------------------------------------------------------- Fitted values
@@ -341,10 +407,16 @@ def test_token_level_and_learned_reference_run_end_to_end(tmp_path):
     learned = ("--reference", "learned", "--output-dir", tmp_path / "learned")
     for result in together(run_script, ("spr.py", *SMALL, *token), ("spr.py", *SMALL, *learned)):
         assert_ok(result)
+    for name in ("token", "learned"):  # the fits lose none of the rows that were there
+        rows = read_metrics(tmp_path / name)
+        assert [row["update"] for row in rows] == list(range(5)) and all("eval_reward" in rows[i] for i in (0, 2, 4))
+        evaluated = [row["update"] for row in common.read_rows(tmp_path / name / "samples.jsonl")]
+        assert evaluated == [0] * 7 + [2] * 7 + [4] * 7
+        assert not (tmp_path / name / "values").exists()
     row = samples_of(tmp_path / "token", 2)[0]
     assert len(row["weight"]) == len(row["tokens"]) and all(w > 0 for w in row["weight"])
     assert all(row["weight"] > 0 for row in samples_of(tmp_path / "learned", 2))
     phases = [row["phase"] for row in common.read_rows(tmp_path / "token" / "phases.jsonl")]
     assert phases.count("fit_action_values") == 4 and phases.count("fit_reference") == 2
     for name in ("token", "learned"):
-        assert {"reward", "weighted_reward", "weight_ess"} <= read_metrics(tmp_path / name)[-1].keys()
+        assert {"reward", "weighted_reward", "weight_ess", "value_loss"} <= read_metrics(tmp_path / name)[-1].keys()
