@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,8 +33,8 @@ def step_time(workloads: list[str]):
     runs = {}
     for row in read("step.jsonl") + read("peers.jsonl"):
         runs.setdefault((row["workload"], row["name"]), []).append(row)
-    rows = {key: sorted(group, key=lambda row: row["cpu_s"])[(len(group) - 1) // 2] for key, group in runs.items()}
-    figure, axes = plt.subplots(1, len(workloads), figsize=(9, 2.8))
+    rows = {key: sorted(group, key=lambda row: row["cpu_s"])[len(group) // 2] for key, group in runs.items()}
+    figure, axes = plt.subplots(1, len(workloads), figsize=(9, 3), layout="constrained")
     for axis, workload in zip(axes, workloads, strict=True):
         shown = [rows[workload, name] for name in NAMES if (workload, name) in rows][::-1]
         for y, row in enumerate(shown):
@@ -52,14 +53,14 @@ def step_time(workloads: list[str]):
         axis.set_yticks(range(len(shown)), [NAMES[row["name"]] for row in shown], fontsize=8)
         axis.set_title(f"{workload}: CPU seconds per update, one thread", fontsize=9)
         axis.margins(x=0.12)
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
 def memory():
     """Peak resident memory of the scripts, above what the imports take, beside bytes per parameter."""
     rows = list({row["name"]: row for row in read("memory.jsonl")}.values())
-    figure, axis = plt.subplots(figsize=(4.5, 2.4))
+    figure, axis = plt.subplots(figsize=(4.5, 2.4), layout="constrained")
     for y, row in enumerate(rows[::-1]):
         axis.barh(y, row["imports_mb"] / 1e3, color="#d0d0d0")
         axis.barh(y, (row["peak_rss_mb"] - row["imports_mb"]) / 1e3, left=row["imports_mb"] / 1e3, color="#4878cf")
@@ -72,11 +73,14 @@ def memory():
 
 def learning():
     """Reward of sampled responses against episodes and against seconds: mean and standard deviation over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+    rows = read("compare.jsonl")
+    columns = {0: "prompts", 3: "seconds of rollout, scoring and training"}
+    columns = {i: name for i, name in columns.items() if all(len(row["curve"][0]) > i for row in rows)}  # old files: 3
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.5 * len(columns), 2.8), sharey=True, layout="constrained")
+    axes = np.atleast_1d(axes)
     for method, colour in METHODS.items():
-        curves = [row["curve"] for row in read("compare.jsonl") if row["method"] == method]
-        columns = [column for column in (0, 3) if all(len(point) > column for curve in curves for point in curve)]
-        for axis, column in zip(axes, columns, strict=False):
+        curves = [row["curve"] for row in rows if row["method"] == method]
+        for axis, column in zip(axes, columns, strict=True):
             x, mean, low, high = [], [], [], []
             for points in zip(*curves, strict=True):  # one point of each seed
                 window = [point[1] for point in points]
@@ -87,13 +91,10 @@ def learning():
                 high.append(mean[-1] + spread)
             axis.plot(x, mean, color=colour, label=method, linewidth=1)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes[0].set_xlabel("prompts", fontsize=8)
+    for axis, name in zip(axes, columns.values(), strict=True):
+        axis.set_xlabel(name, fontsize=8)
     axes[0].set_title("reward, mean ± standard deviation over seeds", fontsize=9)
     axes[0].legend(fontsize=7)
-    if axes[1].lines:
-        axes[1].set_xlabel("seconds of rollout, scoring and training", fontsize=8)
-    else:
-        axes[1].remove()
     return figure
 
 
@@ -105,7 +106,6 @@ def main() -> None:
         for axis in figure.axes:
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-        figure.tight_layout()
         figure.savefig(args.folder / f"{name}.png", dpi=110)
         print(args.folder / f"{name}.png")
 
