@@ -74,7 +74,7 @@ def output(*command) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
-    imports = float(output("-c", "import common; print(common._peak_resident_bytes() / 2**20)"))
+    imports = float(output("-c", "import common; print(common._peak_bytes() / 2**20)"))
     flags = ("--workload", args.workload, "--steps", "1", "--no-floor", "--results", "/dev/null")
     rows = []
     for script in MODELS:

@@ -91,7 +91,7 @@ def rollout_and_train(model) -> list:
         common.set_seed(0, rank)
         responses = common.rollout(engine, prompts, device, tokenizer, eos, **settings)
         widths.append((responses.tokens_BT.shape[1], int(responses.mask_BT.sum(1).max())))
-        logprobs = engine(responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT, 1.0)
+        logprobs = common.per_token(engine, responses, temperature=1.0)
         common.backward(engine, (logprobs * responses.mask_BT).sum(), True)
         common.optimizer_step(engine, 1e-3)
     return common.gather_rows(widths)

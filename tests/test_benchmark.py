@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     flags = "--workload tiny --steps 2 --ppo-epochs 2 --results".split()
-    cases = [("benchmark/step.py", "--script", s, *flags, tmp_path / s) for s in ("remax", "reinforce", "ppo")]
+    cases = [("benchmark/step.py", "--script", s, *flags, tmp_path / s) for s in ("remax", "reinforce", "ppo", "spr")]
     for result in together(run_script, *cases):
         assert_ok(result)
     for script in ("remax", "reinforce", "ppo"):
@@ -29,7 +29,7 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
 
     assert memory.bytes_per_parameter("remax", bf16=False) == 24 and memory.bytes_per_parameter("ppo", bf16=False) == 40
     assert memory.bytes_per_parameter("ppo", True, 2, 8) == 2 * (2 + 14 / 8) + 4
-    monkeypatch.setattr(memory, "MODELS", dict(remax=(1, 2), ppo=(2, 2)))
+    monkeypatch.setattr(memory, "MODELS", dict(spr=(1, 0), remax=(1, 2), ppo=(2, 2)))
     monkeypatch.setattr(scaling, "BASE", dict(width=16, batch_size=4, response_length=4, vocab_size=50))
     monkeypatch.setattr(scaling, "SWEEPS", dict(batch_size=(2, 4)))
     monkeypatch.setattr(sys, "argv", ["memory.py", "--workload", "tiny", "--results", str(tmp_path / "m")])

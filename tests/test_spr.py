@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, assert_ok, read_metrics, run_script, script_environment, together
 from safetensors.torch import load_file
 from test_algorithm import VOCABULARY, Language, batch, padded, sentences
+from test_resume import finish, started, told
 
 import common
 import spr
@@ -420,3 +422,27 @@ def test_token_level_and_learned_reference_run_end_to_end(tmp_path):
     assert phases.count("fit_action_values") == 4 and phases.count("fit_reference") == 2
     for name in ("token", "learned"):
         assert {"reward", "weighted_reward", "weight_ess", "value_loss"} <= read_metrics(tmp_path / name)[-1].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, zero_stage", [(1, 0), (1, 3), (2, 0), (2, 2), (2, 3)])
+def test_killed_again_and_again(tmp_path, ranks, zero_stage):
+    """SIGKILLs at random moments, of all processes at once, until it is done; then as a run that was left alone."""
+    flags = [*SMALL, "--save-every", "1", "--zero-stage", zero_stage, "--output-dir"]
+    whole, parts, kills = tmp_path / "whole", tmp_path / "parts", 0
+    while not (parts / "policy").exists():
+        if parts.exists() and not (parts / "args.json").exists():  # killed while it opened its folder
+            parts = parts.with_name(f"{parts.name}-again")
+        command = ["--resume", parts] if parts.exists() else [*flags, parts]
+        with started([ROOT / "spr.py", *command], ranks) as processes:
+            end = time.time() + random.uniform(3, 20)
+            while time.time() < end and None in (codes := [process.poll() for process in processes]):
+                time.sleep(0.02)
+            assert set(codes) <= {None, 0}, told(processes)
+            kills += None in codes
+    finish([ROOT / "spr.py", "--resume", parts], ranks)
+    finish([ROOT / "spr.py", *flags, whole], ranks)
+    print(f"{kills} kills")
+    assert kills and comparable(whole) == comparable(parts)
+    assert_equal_weights(whole, parts)
+    assert all(samples_of(whole, k) == samples_of(parts, k) for k in (1, 2))
