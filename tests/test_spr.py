@@ -435,7 +435,7 @@ def test_killed_again_and_again(tmp_path, ranks, zero_stage):
             parts = parts.with_name(f"{parts.name}-again")
         command = ["--resume", parts] if parts.exists() else [*flags, parts]
         with started([ROOT / "spr.py", *command], ranks) as processes:
-            end = time.time() + random.uniform(3, 20)
+            end = time.time() + random.uniform(4, 10)
             while time.time() < end and None in (codes := [process.poll() for process in processes]):
                 time.sleep(0.02)
             assert set(codes) <= {None, 0}, told(processes)
