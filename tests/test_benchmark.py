@@ -29,6 +29,14 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
 
     assert memory.bytes_per_parameter("remax", bf16=False) == 24 and memory.bytes_per_parameter("ppo", bf16=False) == 40
     assert memory.bytes_per_parameter("ppo", True, 2, 8) == 2 * (2 + 14 / 8) + 4
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):  # of a group that this process joined
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory, "MODELS", dict(spr=(1, 0), remax=(1, 2), ppo=(2, 2)))
     monkeypatch.setattr(scaling, "BASE", dict(width=16, batch_size=4, response_length=4, vocab_size=50))
     monkeypatch.setattr(scaling, "SWEEPS", dict(batch_size=(2, 4)))
