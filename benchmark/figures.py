@@ -65,7 +65,7 @@ def memory():
         axis.barh(y, row["imports_mb"] / 1e3, color="#d0d0d0")
         axis.barh(y, (row["peak_rss_mb"] - row["imports_mb"]) / 1e3, left=row["imports_mb"] / 1e3, color="#4878cf")
         label = f" {row['peak_rss_mb'] / 1e3:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
-        axis.text(0.05, y, label, va="center", fontsize=8, color="white")
+        axis.text(row["imports_mb"] / 1e3 + 0.05, y, label, va="center", fontsize=8, color="white")
     axis.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"].upper()) for row in rows[::-1]], fontsize=8)
     axis.set_title("peak memory, GPT-2 124M, float32 (grey: imports)", fontsize=9)
     return figure
