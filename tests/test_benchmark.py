@@ -18,9 +18,9 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
         row = json.loads((tmp_path / script).read_text())
         assert row["name"].startswith(script) and row["workload"] == "tiny" and row["n"] == 2 and row["device"] == "cpu"
         parts = [row[part] for part in ("rollout", "scoring", "reference", "training", "rest")]
-        assert min(parts) > 0 and sum(parts) == pytest.approx(row["cpu_s"], rel=0.3)
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(row["cpu_s"], rel=0.3, abs=0.02)
         floor = [value for name, value in row.items() if name.startswith("floor_") and name[6:] not in ("s", "cpu_s")]
-        assert sum(floor) == pytest.approx(row["floor_cpu_s"], rel=0.01) and row["peak_rss_mb"] > 100
+        assert sum(floor) == pytest.approx(row["floor_cpu_s"], abs=1e-3) and row["peak_rss_mb"] > 100
 
 
 def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
