@@ -23,7 +23,8 @@ def test_nothing_leaks(tmp_path, script, zero_stage):
     rows = {row["update"]: row for row in map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())}
     print([(n, rows[n]["resident"] >> 20, rows[n]["files"]) for n in (1, 50, 100, 200, 300)])
     assert rows[300]["resident"] < 1.02 * rows[50]["resident"]
-    assert rows[300]["files"] == rows[50]["files"]
+    files = [max(rows[n]["files"] for n in span) for span in (range(50, 151), range(201, 301))]  # one comes and goes
+    assert files[1] <= files[0]
 
 
 @pytest.mark.parametrize("script", ["remax", "ppo"])
