@@ -410,7 +410,13 @@ class Prompt:
 
 
 def load_prompts(
-    path: str, split: str, column: str, tokenizer, max_length: int, completion_column: str = "", max_completion: int = 0
+    path: str,
+    split: str,
+    column: str,
+    tokenizer,
+    max_length: int,
+    completion_column: str | None = None,
+    max_completion: int = 0,
 ) -> list[Prompt]:
     """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted.
 
@@ -419,7 +425,7 @@ def load_prompts(
     """
     prompts, dropped, cut, long = [], 0, 0, 0
     rows = load_rows(path, split)
-    has_completions = any(completion_column in row for _, row in rows)
+    has_completions = completion_column is not None and any(completion_column in row for _, row in rows)
     for where, row in rows:
         text = read_text(row, column, where, tokenizer)
         is_chat = text is not row[column]  # a chat template writes its own special tokens
@@ -439,7 +445,7 @@ def load_prompts(
             cut += len(ids) > max_length
             prompts.append(prompt)
     if not prompts:
-        fail(f"{path}: every prompt is empty or its {completion_column} too long")
+        fail(f"{path}: every prompt is empty{f' or its {completion_column} too long' if has_completions else ''}")
     counts = {"empty, dropped": dropped, f"cut to {max_length} tokens": cut}
     counts |= {f"with a {completion_column} of more than {max_completion} tokens, dropped": long}
     report(path, f"{len(prompts):,} prompts{' with demonstrations' if has_completions else ''}", counts)

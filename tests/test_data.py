@@ -179,3 +179,10 @@ def test_the_broken_files_of_the_development_data(capsys, tokenizer):
         elif "label" not in path.name and path.name != "one_class.jsonl":  # those have no prompts
             prompts = common.load_prompts(str(path), "train", "prompt", tokenizer, 32)
             assert prompts and max(len(p.ids) for p in prompts) <= 32
+
+
+def test_a_csv_column_without_a_name_is_just_a_column(tmp_path, tokenizer):
+    """As exported with its index: it holds no demonstrations."""
+    (tmp_path / "p.csv").write_text(",prompt\n0,The plot\n1,The cast\n")
+    prompts = common.load_prompts(str(tmp_path / "p.csv"), "train", "prompt", tokenizer, 64)
+    assert [prompt.text for prompt in prompts] == ["The plot", "The cast"] and not prompts[0].demonstrations
