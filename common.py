@@ -904,18 +904,15 @@ def rollout(
     mask_RT, ended_R = response_mask(tokens_RT, eos_ids)
     B = len(prompts)
     index_R = [i for i in range(B) for _ in range(num_samples)] + list(range(B if greedy else 0))
-    real = [ids[:n] for ids, n in zip(tokens_RT.tolist(), mask_RT.sum(1).tolist(), strict=True)]
-    texts = tokenizer.batch_decode(real, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(to_lists(tokens_RT, mask_RT), skip_special_tokens=True)
     row_prompts = [prompts[i] for i in index_R]
     return Responses(row_prompts, texts, prompts_BP[index_R], prompt_mask_BP[index_R], tokens_RT, mask_RT, ended_R)
 
 
 def rows_of(responses: Responses, **columns) -> list[dict]:
     """Responses as rows of a file that people can read; `columns`: more lists of their length."""
-    lengths = responses.mask_BT.sum(1).tolist()
     columns = dict(prompt=[prompt.text for prompt in responses.prompts], response=responses.texts) | columns
-    columns |= dict(ended=responses.ended_B.tolist())
-    columns |= dict(tokens=[ids[:n] for ids, n in zip(responses.tokens_BT.tolist(), lengths, strict=True)])
+    columns |= dict(ended=responses.ended_B.tolist(), tokens=to_lists(responses.tokens_BT, responses.mask_BT))
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -928,7 +925,7 @@ def responses_of(prompts: list[Prompt], rows: list[dict], device: torch.device) 
     return Responses(list(prompts), texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
-def to_lists(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[float]]:
+def to_lists(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list]:
     """The values of the real tokens of each row."""
     return [values[:n] for values, n in zip(values_BT.tolist(), mask_BT.sum(1).tolist(), strict=True)]
 

@@ -399,8 +399,9 @@ def score(args, it: Iteration, metrics: dict) -> dict:
         measured = {name: sum(row[name] for row in own) / len(own) for name in scorers}
         measured |= dict(response_length=sum(len(row["tokens"]) for row in own) / len(own))
         measured |= dict(truncated_fraction=sum(not row["ended"] for row in own) / len(own))
-        common.write_rows(it.folder / "samples.jsonl", rows)
-        if not it.fits_reference:
+        if it.fits_reference:
+            common.write_rows(it.folder / "samples.jsonl", rows)
+        else:
             rewards = [row.get("reward", 0.0) for row in rows]  # none where nothing is scored
             rewards_BN = torch.tensor(rewards, dtype=torch.float64).view(-1, it.rows_per_prompt)
             measured |= write_weights(it, rows, weights_of(rewards_BN, args.weighting, args.beta).flatten().tolist())
