@@ -22,11 +22,11 @@ Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-data
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
-response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens, D width. Masks are over response tokens, up to
+and including the first EOS. What does not teach the algorithm is in common.py.
 """
 
-import functools
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +42,7 @@ from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, Posit
 class Args:
     # The run
     seed: int = 1
-    """Seed of prompt order and sampling."""
+    """Seed of everything that is random."""
     output_dir: PathOrName | None = None
     """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
     resume: PathOrName | None = None
@@ -51,15 +51,15 @@ class Args:
     """Updates between checkpoints for --resume; 0 for none."""
 
     # Model and data
-    model: PathOrName = str(common.EXAMPLE / "policy")
+    model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
-    dataset: PathOrName = str(common.EXAMPLE / "prompts.jsonl")
+    dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
     """Column that holds the prompts, as texts or as chat messages."""
-    eval_dataset: PathOrName | None = str(common.EXAMPLE / "prompts_test.jsonl")
+    eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
     """Updates between evaluations, which also come first and last; 0 for never."""
@@ -71,9 +71,11 @@ class Args:
     """Most tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
+    rollout_batch_size: PositiveInt = 128
+    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not what is learned."""
 
     # Reward
-    reward_model: PathOrName = str(common.EXAMPLE / "reward_model")
+    reward_model: PathOrName = "examples/reviews/reward_model"
     """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
@@ -86,7 +88,7 @@ class Args:
     total_episodes: PositiveInt = 6400
     """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
     batch_size: PositiveInt = 64
-    """Prompts per update over all ranks; the rollout decodes a rank's share of them at once."""
+    """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, not results."""
     learning_rate: PositiveFloat = 2e-4
@@ -96,7 +98,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; where the loss sums over tokens, the norm is about --response-length times a mean's."""
+    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -114,7 +116,7 @@ class Args:
 
     # PPO
     num_epochs: PositiveInt = 4
-    """Passes over each rollout, or over the data set where there is no rollout."""
+    """Passes over each rollout."""
     num_minibatches: PositiveInt = 1
     """Optimizer steps per pass; the rows of a rank are dealt out to them."""
     clip_range: PositiveFloat = 0.2
@@ -133,31 +135,39 @@ class Args:
 def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma, gae_lambda):
     """Generalized advantage estimates, not whitened -> (advantages_BT, returns_BT), detached, 0 where masked.
 
-    rewards_B: rewards of the sampled responses. values_BT: what the value model expects before token t. logprobs_BT,
-    ref_logprobs_BT: log π_old and log π_ref, in nats. kl_coef: reward units per nat. gamma: discount per token.
+    rewards_B: rewards of the sampled responses. values_BT: the return that the value model expects before token t.
+    logprobs_BT, ref_logprobs_BT: log π_old and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat.
+    gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
-    log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)
+    mask_BT = mask_BT.to(rewards_B)
+    values_BT = values_BT.detach().to(rewards_B) * mask_BT  # nothing is expected after the last token
+
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
     last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
     shaped_BT.scatter_add_(1, last_B1, rewards_B[:, None])  # the reward comes with the last token
-    values_BT = values_BT.detach().to(rewards_B) * mask_BT  # so that nothing is expected after the last token
     advantages_BT = torch.zeros_like(shaped_BT)
-    advantage_B = next_value_B = torch.zeros_like(rewards_B)
+    advantage_B = torch.zeros_like(rewards_B)
+    next_value_B = torch.zeros_like(rewards_B)
     for t in reversed(range(shaped_BT.shape[1])):
         delta_B = shaped_BT[:, t] + gamma * next_value_B - values_BT[:, t]
         advantage_B = delta_B + gamma * gae_lambda * advantage_B  # A_t = Σ_{s≥t} (γλ)^{s−t} δ_s
-        advantages_BT[:, t], next_value_B = advantage_B, values_BT[:, t]
+        advantages_BT[:, t] = advantage_B
+        next_value_B = values_BT[:, t]
     return advantages_BT * mask_BT, (advantages_BT + values_BT) * mask_BT
 
 
 def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range, denominator):
     """−Σ min(ρ A, clip(ρ) A) / denominator -> scalar, differentiable in logprobs_BT.
 
-    The denominator is the number of real tokens of the global minibatch.
+    The denominator is a number of real tokens.
     """
-    advantages_BT, mask_BT = advantages_BT.detach().to(logprobs_BT), mask_BT.to(logprobs_BT)
-    ratios_BT = ((logprobs_BT - old_logprobs_BT.detach().to(logprobs_BT)) * mask_BT).exp()
+    advantages_BT = advantages_BT.detach().to(logprobs_BT)
+    old_logprobs_BT = old_logprobs_BT.detach().to(logprobs_BT)
+    mask_BT = mask_BT.to(logprobs_BT)
+
+    ratios_BT = ((logprobs_BT - old_logprobs_BT) * mask_BT).exp()
     clipped_BT = ratios_BT.clamp(1 - clip_range, 1 + clip_range)
     objective_BT = torch.min(ratios_BT * advantages_BT, clipped_BT * advantages_BT)  # arXiv 1707.06347, eq. 7
     return -(objective_BT * mask_BT / denominator).sum()
@@ -165,17 +175,21 @@ def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range
 
 def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, denominator):
     """Σ ½ max((V − R)², (clip(V) − R)²) / denominator -> scalar, differentiable in values_BT."""
-    old_values_BT, returns_BT, mask_BT = old_values_BT.detach(), returns_BT.detach(), mask_BT.to(values_BT)
+    old_values_BT = old_values_BT.detach()
+    returns_BT = returns_BT.detach()
+    mask_BT = mask_BT.to(values_BT)
+
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range_value, clip_range_value)
-    errors_BT, clipped_errors_BT = (values_BT - returns_BT) * mask_BT, (clipped_BT - returns_BT) * mask_BT
+    errors_BT = (values_BT - returns_BT) * mask_BT
+    clipped_errors_BT = (clipped_BT - returns_BT) * mask_BT
     return (0.5 * torch.max(errors_BT**2, clipped_errors_BT**2) / denominator).sum().to(values_BT)
 
 
 def whiten(advantages_BT, mask_BT):
     """Mean 0 and standard deviation 1 over all real tokens of the global batch -> advantages_BT, 0 where masked."""
-    mean = common.global_means(advantages_BT.device, mean=(advantages_BT, mask_BT))["mean"]
+    mean = common.global_means(mean=advantages_BT[mask_BT == 1])["mean"]
     centred_BT = (advantages_BT - mean) * mask_BT
-    variance = common.global_means(advantages_BT.device, variance=(centred_BT**2, mask_BT))["variance"]
+    variance = common.global_means(variance=centred_BT[mask_BT == 1] ** 2)["variance"]
     return centred_BT / (variance**0.5 + 1e-8)
 
 
@@ -184,118 +198,125 @@ def whiten(advantages_BT, mask_BT):
 
 def main() -> None:
     args = common.parse_args(Args)
-    rank, world_size, device = common.start_processes()
-    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, world_size)  # B rows on this rank
-    placement = common.Placement(
-        device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
-    )
-    minibatch_size = common.exact_division(B, args.num_minibatches, "--num-minibatches", "the rows of a rank")
+    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)  # rows on this rank
+    minibatch_size = B // args.num_minibatches
+    if B % args.num_minibatches:
+        common.fail(f"--num-minibatches {args.num_minibatches} does not divide the {B} rows of a rank")
 
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
-    policy = common.load_policy(args.model, placement)
-    common.check_vocabulary(policy.model, tokenizer)
-    eos_ids = common.eos_ids(policy.model, tokenizer)
-    common.check_length(policy.model, args.max_prompt_length, args.response_length)
-    policy = common.train_engine(policy, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
-    value = common.load_value_model(None if args.reward_function else args.reward_model, args.model, placement)
-    common.check_length(value.model, args.max_prompt_length, args.response_length)
-    value = common.train_engine(value, placement, minibatch_size, args.max_grad_norm, args.gradient_checkpointing)
-    reference = common.freeze(common.load_policy(args.model, placement), placement)
-    reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
-    scorers = dict(reward=reward)
-    if args.gold_reward_function:
-        scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    # 2. Data, and the functions that training and evaluation share
-    data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
-    load_prompts = functools.partial(common.load_prompts, tokenizer=tokenizer, **data)
-    held_out = (args.eval_dataset, args.eval_size if args.eval_every else 0)
-    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, *held_out)
-    sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
-    rollout = functools.partial(common.rollout, device=device, **sampling)
-    by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
-    logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
-    values_of = functools.partial(by_micro_batch, value)
-    evaluation = dict(prompts=eval_prompts, batch_size=B, rollout=rollout, logprobs=logprobs_of, scorers=scorers)
-    evaluate = functools.partial(common.evaluate, reference=reference, **evaluation)
+    def load_policy(path, backend):
+        return common.load_policy(path, tokenizer, sampling, backend)
+
+    policy = common.train_engine(load_policy(args.model, backend), backend, minibatch_size, args.max_grad_norm)
+    value = common.load_value_model(None if args.reward_function else args.reward_model, args.model, sampling, backend)
+    value = common.train_engine(value, backend, minibatch_size, args.max_grad_norm)
+    reference = common.freeze(load_policy(args.model, backend), backend)
+    rewards = dict(reward=common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend))
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
+
+    # 2. Data
+    def load_prompts(path):
+        return common.load_prompts(path, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
+
+    eval_size = args.eval_size if args.eval_every else 0
+    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
+
+    def evaluate(policy):
+        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
     run = common.Run(args, __file__, num_updates)
     first_update = run.load_checkpoint(policy, value)
     if eval_prompts:
         initial_rows = evaluate(reference)
         if first_update == 1:
-            rows = evaluate(policy)
-            run.log(0, dict(episodes=0) | common.evaluation_metrics(rows, initial_rows))
-            run.log_samples(0, rows)
+            run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
+            run.log_samples(0, initial_rows)
 
     for update in range(first_update, num_updates + 1):
-        common.set_seed(args.seed, update, rank)
-        clock = common.Clock()
+        common.set_seed(args.seed, update, backend.rank)
+        start_time = time.perf_counter()
 
         # 3. Rollout: to each prompt a sampled response of the policy as it is now
-        start = (update - 1) * args.batch_size
-        indices = common.shuffled_indices(len(prompts), args.seed, start, args.batch_size)
-        batch = [prompts[i] for i in indices[rank::world_size]]
-        sampled = rollout(policy, batch, num_samples=1, greedy=False)
-        seconds_rollout = clock.lap()
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        sampled = common.rollout(policy, batch, num_samples=1, greedy=False)
+        mask_BT = sampled.mask_BT
+        rollout_time = time.perf_counter()
 
         # 4. Score
-        rewards_B = reward(sampled)
-        seconds_score = clock.lap()
+        rewards_B = rewards["reward"](sampled)
+        score_time = time.perf_counter()
 
         # 5. Update: several steps, all measured against the policy and the values at rollout time
-        ref_logprobs_BT = logprobs_of(reference, sampled)
-        old_logprobs_BT, old_values_BT, mask_BT = logprobs_of(policy, sampled), values_of(sampled), sampled.mask_BT
-        estimates = (rewards_B, old_values_BT, old_logprobs_BT, ref_logprobs_BT)
-        advantages_BT, returns_BT = advantages(*estimates, mask_BT, args.kl_coef, args.gamma, args.gae_lambda)
+        ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
+        logprobs_BT = common.forward_all(policy, sampled, args.micro_batch_size)
+        values_BT = common.forward_all(value, sampled, args.micro_batch_size)
+        advantages_BT, returns_BT = advantages(
+            rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, args.kl_coef, args.gamma, args.gae_lambda
+        )
         advantages_BT = whiten(advantages_BT, mask_BT)
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
+        value_learning_rate = learning_rate * args.value_learning_rate / args.learning_rate  # the same schedule
         losses, value_losses, log_ratios, grad_norms = [], [], [], []
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B).split(minibatch_size):
-                denominator = common.global_sum(mask_BT[minibatch])  # real tokens, on all ranks
-                lengths_B = mask_BT[minibatch].sum(1)
-                for part, last in common.micro_batches_by_length(lengths_B, args.micro_batch_size):
+                tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # real ones, mean over ranks
+                for part, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
                     rows = minibatch[part].tolist()
-                    micro = sampled[rows]
-                    logprobs_BT = common.per_token(policy, micro, temperature=args.temperature)
-                    ratio_inputs = (logprobs_BT, old_logprobs_BT[rows], advantages_BT[rows])
-                    loss = policy_loss(*ratio_inputs, micro.mask_BT, args.clip_range, denominator)
-                    common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
-                    values_BT = common.per_token(value, micro)
-                    value_inputs = (values_BT, old_values_BT[rows], returns_BT[rows])
-                    loss_of_value = value_loss(*value_inputs, micro.mask_BT, args.clip_range_value, denominator)
-                    common.backward(value, loss_of_value * world_size, last)
+                    mask_MT = mask_BT[rows]
+                    logprobs_MT = common.forward(policy, sampled[rows])
+                    loss = policy_loss(
+                        logprobs_MT,
+                        logprobs_BT[rows],
+                        advantages_BT[rows],
+                        mask_MT,
+                        args.clip_range,
+                        denominator=tokens,
+                    )
+                    common.backward(policy, loss, is_last)
+                    values_MT = common.forward(value, sampled[rows])
+                    loss_of_values = value_loss(
+                        values_MT, values_BT[rows], returns_BT[rows], mask_MT, args.clip_range_value, denominator=tokens
+                    )
+                    common.backward(value, loss_of_values, is_last)
                     losses.append(loss.detach())
-                    value_losses.append(loss_of_value.detach())
-                    log_ratios.append((logprobs_BT.detach() - old_logprobs_BT[rows])[micro.mask_BT == 1])
+                    value_losses.append(loss_of_values.detach())
+                    log_ratios.append((logprobs_MT.detach() - logprobs_BT[rows])[mask_MT == 1])
                 grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
-                value_rate = learning_rate / args.learning_rate * args.value_learning_rate  # the same schedule
-                _, value_skipped = common.optimizer_step(value, value_rate)
+                _, value_skipped = common.optimizer_step(value, value_learning_rate)
                 grad_norms.append(grad_norm)
-        grad_norm, skipped = sum(grad_norms) / len(grad_norms), policy_skipped + value_skipped
-        seconds_train = clock.lap()
+        grad_norm = sum(grad_norms) / len(grad_norms)
+        skipped_updates = policy_skipped + value_skipped
+        train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
         log_ratios_N = torch.cat(log_ratios)
+        ratios_N = log_ratios_N.exp()
         means = dict(
             reward=rewards_B,
-            kl=((old_logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
-            entropy=(-old_logprobs_BT, mask_BT),
+            kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
+            entropy=-logprobs_BT[mask_BT == 1],
             response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
-            loss=torch.stack(losses).sum() * world_size / len(grad_norms),
-            value_loss=torch.stack(value_losses).sum() * world_size / len(grad_norms),
-            clip_fraction=((log_ratios_N.exp() - 1).abs() > args.clip_range).float(),
-            approx_kl=log_ratios_N.exp() - 1 - log_ratios_N,
-            tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
+            loss=torch.stack(losses).sum() / len(grad_norms),
+            value_loss=torch.stack(value_losses).sum() / len(grad_norms),
+            clip_fraction=((ratios_N - 1).abs() > args.clip_range).float(),
+            approx_kl=ratios_N - 1 - log_ratios_N,
         )
         if args.gold_reward_function:
-            means["gold_reward"] = scorers["gold_reward"](sampled)
-        metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
-        metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
+            means["gold_reward"] = rewards["gold_reward"](sampled)
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
+        metrics |= dict(
+            seconds_rollout=rollout_time - start_time,
+            seconds_score=score_time - rollout_time,
+            seconds_train=train_time - score_time,
+            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
+        )
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)
@@ -303,12 +324,12 @@ def main() -> None:
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update, policy, value)
-        run.stop_if_asked(update, device, policy, value)
+        run.stop_if_asked(update, policy, value)
 
     # 7. Save, and check that what was saved is what was trained
-    common.save_model(policy, tokenizer, run.folder / "policy", device)
-    probe = rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
+    probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
+    inputs = (probe.prompts_BP, probe.prompt_mask_BP, probe.tokens_BT)
+    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
     run.finish("policy")
 
 

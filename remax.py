@@ -5,12 +5,12 @@ To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. 
     gradient  =  mean over prompts of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
 R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline
-does not depend on the sampled tokens, so the gradient stays unbiased. Where it is near the reward that is to be
-expected, the gradient is less noisy than REINFORCE's (the README tells where that was so, and where not).
+does not depend on the sampled tokens, so the gradient stays unbiased. Where it is near the expected reward, the
+gradient is less noisy than REINFORCE's. With --num-samples N the prompt has N sampled responses and one baseline.
 
 What PPO has and this script has not, and why it may be left out here:
-- a value model, its optimizer, GAE: text generation is deterministic and its reward comes once, at the end, so one more
-  response of the same policy tells what to expect, with no second model to train and to keep in memory;
+- a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
+  and the reward comes once, at the end, so one more response tells what to expect, without a second model;
 - importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that is
   differentiated is the one that has sampled;
 - epochs, minibatches, whitened advantages: likewise one step, on the rewards as they are.
@@ -22,11 +22,11 @@ Eight GPUs:  deepspeed remax.py --model M --reward-model R --dataset D --eval-da
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, P prompt tokens, T response tokens. Logits at position t predict token t + 1. Masks are over
+Names carry shapes: B sampled rows, R all rows of a rollout, M rows of a micro-batch, T response tokens. Masks are over
 response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
 """
 
-import functools
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +42,7 @@ from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, Posit
 class Args:
     # The run
     seed: int = 1
-    """Seed of prompt order and sampling."""
+    """Seed of everything that is random."""
     output_dir: PathOrName | None = None
     """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
     resume: PathOrName | None = None
@@ -51,15 +51,15 @@ class Args:
     """Updates between checkpoints for --resume; 0 for none."""
 
     # Model and data
-    model: PathOrName = str(common.EXAMPLE / "policy")
+    model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
-    dataset: PathOrName = str(common.EXAMPLE / "prompts.jsonl")
+    dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
     """Column that holds the prompts, as texts or as chat messages."""
-    eval_dataset: PathOrName | None = str(common.EXAMPLE / "prompts_test.jsonl")
+    eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
     """Updates between evaluations, which also come first and last; 0 for never."""
@@ -71,9 +71,11 @@ class Args:
     """Most tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
+    rollout_batch_size: PositiveInt = 128
+    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not what is learned."""
 
     # Reward
-    reward_model: PathOrName = str(common.EXAMPLE / "reward_model")
+    reward_model: PathOrName = "examples/reviews/reward_model"
     """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
@@ -86,7 +88,7 @@ class Args:
     total_episodes: PositiveInt = 6400
     """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
     batch_size: PositiveInt = 64
-    """Prompts per update over all ranks; the rollout decodes a rank's share of them at once."""
+    """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, not results."""
     learning_rate: PositiveFloat = 2e-4
@@ -96,7 +98,7 @@ class Args:
     warmup_ratio: Fraction = 0.05
     """Share of the updates in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; where the loss sums over tokens, the norm is about --response-length times a mean's."""
+    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -112,6 +114,10 @@ class Args:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
+    # ReMax
+    num_samples: PositiveInt = 1
+    """Sampled responses per prompt; the rows of an update are --batch-size times this."""
+
 
 # ---------------------------------------------------------------- The algorithm
 
@@ -122,8 +128,11 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     rewards_B, baseline_rewards_B: rewards of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
-    rewards_B, baseline_rewards_B = rewards_B.detach(), baseline_rewards_B.detach().to(rewards_B)
-    log_ratios_BT, mask_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B), mask_BT.to(rewards_B)
+    rewards_B = rewards_B.detach()
+    baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)
+    mask_BT = mask_BT.to(rewards_B)
+
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
     last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
     shaped_BT.scatter_add_(1, last_B1, rewards_B[:, None])  # the reward comes with the last token
@@ -139,10 +148,12 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
 def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
     """−Σ advantage · log π / denominator -> scalar, differentiable in logprobs_BT.
 
-    The denominator is the number of rows of the global batch, so that no row's weight depends on the others' lengths.
+    The denominator is a number of rows, so that no row's weight depends on the others' lengths.
     """
+    advantages_BT = advantages_BT.detach().to(logprobs_BT)
+    mask_BT = mask_BT.to(logprobs_BT)
     # No ratio, no clip: these are the log-probabilities of the policy that sampled.
-    return -(advantages_BT.detach().to(logprobs_BT) * mask_BT.to(logprobs_BT) * logprobs_BT / denominator).sum()
+    return -(advantages_BT * mask_BT * logprobs_BT / denominator).sum()
 
 
 # ---------------------------------------------------------------- Training
@@ -150,95 +161,96 @@ def policy_loss(logprobs_BT, advantages_BT, mask_BT, denominator):
 
 def main() -> None:
     args = common.parse_args(Args)
-    rank, world_size, device = common.start_processes()
-    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, world_size)  # B rows on this rank
-    placement = common.Placement(
-        device, args.dtype, args.attention, args.zero_stage, args.offload, args.micro_batch_size
-    )
+    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    prompts_per_rank, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)
+    B = prompts_per_rank * args.num_samples  # sampled rows on this rank
 
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
-    policy = common.load_policy(args.model, placement)
-    common.check_vocabulary(policy.model, tokenizer)
-    eos_ids = common.eos_ids(policy.model, tokenizer)
-    common.check_length(policy.model, args.max_prompt_length, args.response_length)
-    policy = common.train_engine(policy, placement, B, args.max_grad_norm, args.gradient_checkpointing)
-    reference = common.freeze(common.load_policy(args.model, placement), placement)
-    reward = common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, placement)
-    scorers = dict(reward=reward)
-    if args.gold_reward_function:
-        scorers["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, placement)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    # 2. Data, and the functions that training and evaluation share
-    data = dict(split=args.dataset_split, column=args.prompt_column, max_length=args.max_prompt_length)
-    load_prompts = functools.partial(common.load_prompts, tokenizer=tokenizer, **data)
-    held_out = (args.eval_dataset, args.eval_size if args.eval_every else 0)
-    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, *held_out)
-    sampling = dict(tokenizer=tokenizer, eos_ids=eos_ids, length=args.response_length, temperature=args.temperature)
-    rollout = functools.partial(common.rollout, device=device, **sampling)
-    by_micro_batch = functools.partial(common.forward_rows, micro_batch_size=args.micro_batch_size)
-    logprobs_of = functools.partial(by_micro_batch, temperature=args.temperature)
-    evaluation = dict(prompts=eval_prompts, batch_size=B, rollout=rollout, logprobs=logprobs_of, scorers=scorers)
-    evaluate = functools.partial(common.evaluate, reference=reference, **evaluation)
+    def load_policy(path, backend):
+        return common.load_policy(path, tokenizer, sampling, backend)
+
+    policy = common.train_engine(load_policy(args.model, backend), backend, B, args.max_grad_norm)
+    reference = common.freeze(load_policy(args.model, backend), backend)
+    rewards = dict(reward=common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend))
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
+
+    # 2. Data
+    def load_prompts(path):
+        return common.load_prompts(path, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
+
+    eval_size = args.eval_size if args.eval_every else 0
+    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
+
+    def evaluate(policy):
+        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
     run = common.Run(args, __file__, num_updates)
     first_update = run.load_checkpoint(policy)
     if eval_prompts:
         initial_rows = evaluate(reference)
         if first_update == 1:
-            rows = evaluate(policy)
-            run.log(0, dict(episodes=0) | common.evaluation_metrics(rows, initial_rows))
-            run.log_samples(0, rows)
+            run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
+            run.log_samples(0, initial_rows)
 
     for update in range(first_update, num_updates + 1):
-        common.set_seed(args.seed, update, rank)
-        clock = common.Clock()
+        common.set_seed(args.seed, update, backend.rank)
+        start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt a sampled and a greedy response of the policy as it is now, in one decode loop
-        start = (update - 1) * args.batch_size
-        indices = common.shuffled_indices(len(prompts), args.seed, start, args.batch_size)
-        batch = [prompts[i] for i in indices[rank::world_size]]
-        responses = rollout(policy, batch, num_samples=1, greedy=True)
-        sampled = responses[:B]
-        seconds_rollout = clock.lap()
+        # 3. Rollout: to each prompt sampled responses and a greedy one of the policy as it is now, in one decode loop
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=True)
+        sampled = responses[:B]  # the sampled rows come first, then the greedy rows
+        mask_BT = sampled.mask_BT
+        rollout_time = time.perf_counter()
 
         # 4. Score
-        rewards_B, baseline_rewards_B = reward(responses).chunk(2)
-        seconds_score = clock.lap()
+        rewards_R = rewards["reward"](responses)
+        rewards_B = rewards_R[:B]
+        baselines_B = rewards_R[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
+        score_time = time.perf_counter()
 
         # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
-        ref_logprobs_BT = logprobs_of(reference, sampled)
-        losses, all_logprobs_BT = [], torch.empty_like(ref_logprobs_BT)
-        for rows, last in common.micro_batches_by_length(sampled.mask_BT.sum(1), args.micro_batch_size):
-            micro = sampled[rows]
-            logprobs_BT = common.per_token(policy, micro, temperature=args.temperature)
-            estimates = (rewards_B[rows], baseline_rewards_B[rows], logprobs_BT, ref_logprobs_BT[rows])
-            advantages_BT = advantages(*estimates, micro.mask_BT, args.kl_coef, args.gamma)
-            loss = policy_loss(logprobs_BT, advantages_BT, micro.mask_BT, denominator=B * world_size)
-            common.backward(policy, loss * world_size, last)  # the engine averages over ranks: make it a sum
+        ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
+        logprobs_BT = torch.empty_like(ref_logprobs_BT)
+        losses = []
+        for rows, is_last in common.micro_batches(mask_BT.sum(1), args.micro_batch_size):
+            logprobs_MT = common.forward(policy, sampled[rows])
+            logprobs_BT[rows] = logprobs_MT.detach()
+            ref_logprobs_MT, mask_MT = ref_logprobs_BT[rows], mask_BT[rows]
+            advantages_MT = advantages(
+                rewards_B[rows], baselines_B[rows], logprobs_MT, ref_logprobs_MT, mask_MT, args.kl_coef, args.gamma
+            )
+            loss = policy_loss(logprobs_MT, advantages_MT, mask_MT, denominator=B)  # the engine averages over ranks
+            common.backward(policy, loss, is_last)
             losses.append(loss.detach())
-            all_logprobs_BT[rows] = logprobs_BT.detach()
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm, skipped = common.optimizer_step(policy, learning_rate)
-        seconds_train = clock.lap()
+        grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
+        train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
-        logprobs_BT, mask_BT = all_logprobs_BT, sampled.mask_BT
         means = dict(
             reward=rewards_B,
-            baseline_reward=baseline_rewards_B,
+            baseline_reward=baselines_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
-            entropy=(-logprobs_BT, mask_BT),
+            entropy=-logprobs_BT[mask_BT == 1],
             response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
-            loss=torch.stack(losses).sum() * world_size,
-            tokens_per_second=mask_BT.sum() * world_size / (seconds_rollout + seconds_score + seconds_train),
+            loss=torch.stack(losses).sum(),
         )
         if args.gold_reward_function:
-            means["gold_reward"] = scorers["gold_reward"](sampled)
-        metrics = dict(episodes=update * args.batch_size) | common.global_means(device, **means)
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped)
-        metrics |= dict(seconds_rollout=seconds_rollout, seconds_score=seconds_score, seconds_train=seconds_train)
+            means["gold_reward"] = rewards["gold_reward"](sampled)
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
+        metrics |= dict(
+            seconds_rollout=rollout_time - start_time,
+            seconds_score=score_time - rollout_time,
+            seconds_train=train_time - score_time,
+            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
+        )
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)
@@ -246,12 +258,12 @@ def main() -> None:
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update, policy)
-        run.stop_if_asked(update, device, policy)
+        run.stop_if_asked(update, policy)
 
     # 7. Save, and check that what was saved is what was trained
-    common.save_model(policy, tokenizer, run.folder / "policy", device)
-    probe = rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    common.check_saved(policy, run.folder / "policy", probe, args.temperature, placement)
+    probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
+    inputs = (probe.prompts_BP, probe.prompt_mask_BP, probe.tokens_BT)
+    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
     run.finish("policy")
 
 
