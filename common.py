@@ -59,6 +59,7 @@ class Prompt:
     ids: list[int]
     columns: dict
     where: str = ""  # file:line, for error messages
+    demonstration: list[int] | None = None  # token ids of a response to learn from
 
 
 @dataclasses.dataclass
@@ -530,9 +531,15 @@ def train_engine(module: Trainable, backend: Backend, rows: int, max_grad_norm: 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if backend.zero_stage == 0 and dist.get_world_size() == 1:  # one rank need not copy gradients to average them
         engine.enable_backward_allreduce = False
-    for state in optimizer.state.values():
-        state["step"].zero_()  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
+    reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
+
+
+def reset_optimizer(engine) -> None:
+    """Adam's moments and its count of steps are 0 again."""
+    for state in engine.basic_optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 def freeze(module: Trainable, backend: Backend) -> nn.Module:
@@ -675,36 +682,23 @@ def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
         fail(f"{path}:{reader.line_num + 1}: {error}")
 
 
-def read_column(row: dict, column: str, where: str) -> str | list[dict]:
-    """A text, or the messages of a chat."""
+def read_text(row: dict, column: str, where: str, tokenizer=None) -> str:
+    """The text in a column; of chat messages the tokenizer's template up to the assistant's turn, or the last content."""
     if column not in row:
         fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
     value = row[column]
-    messages = value if isinstance(value, list) else []
-    texts = [message.get(key) for message in messages if isinstance(message, dict) for key in ("role", "content")]
-    is_chat = bool(messages) and all(isinstance(text, str) for text in texts) and len(texts) == 2 * len(messages)
-    if not isinstance(value, str) and not is_chat:
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        fail(f"{where}: {column!r} is {kind}; expected a text or a list of {{role, content}} messages")
-    return value
-
-
-def read_prompt(row: dict, column: str, where: str, tokenizer) -> tuple[str, list[int]]:
-    """-> (text, its token ids); chat messages become text by the tokenizer's template, up to the assistant's turn."""
-    value = read_column(row, column, where)
     if isinstance(value, str):
-        return value, encode(tokenizer, value)
+        return value
+    try:
+        text = [message["role"] + message["content"] for message in value] and value[-1]["content"]
+    except (TypeError, KeyError, IndexError):
+        fail(f"{where}: {column!r} is {str(value)[:40]}; expected a text or a list of {{role, content}} messages")
+    if tokenizer is None:
+        return text
     if not tokenizer.chat_template:
         fail(f"{where}: {column!r} holds chat messages, but the model's tokenizer has no chat template")
     with fails_with(f"{where}: the chat template refuses {column!r}"):  # such as an order of roles
-        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-    return text, encode(tokenizer, text, add_special_tokens=False)  # the template writes its own special tokens
-
-
-def read_response(row: dict, column: str, where: str) -> str:
-    """The text of a response; of chat messages the last one's content."""
-    value = read_column(row, column, where)
-    return value if isinstance(value, str) else value[-1]["content"]
+        return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
 
 
 def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> list[Prompt]:
@@ -712,7 +706,9 @@ def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int)
     cut = f"cut to {max_length} tokens"
     prompts, counts = [], {"empty, dropped": 0, cut: 0}
     for where, row in load_rows(path, split):
-        text, ids = read_prompt(row, column, where, tokenizer)
+        text = read_text(row, column, where, tokenizer)
+        is_chat = text is not row[column]  # a chat template writes its own special tokens
+        ids = encode(tokenizer, text, add_special_tokens=not is_chat)
         columns = {name: value for name, value in row.items() if name != column}
         if text.strip() and ids:
             prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where))
@@ -859,6 +855,12 @@ class Run:
         for row in rows[:3]:
             reward = f"[{row['reward']:6.2f}] " if scored else ""
             tqdm.write(f"  {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
+
+    def write_rows(self, name: str, rows: list[dict]) -> None:
+        """All ranks' rows to a file of their own."""
+        rows = gather_rows(rows)
+        if self.is_main:
+            write_whole(self.folder / name, json_lines(rows))
 
     def save_checkpoint(self, update: int, *engines) -> None:
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""

@@ -126,8 +126,8 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
     too_long = f"of more than {max_length} tokens, dropped"
     pairs, counts = [], {cut: 0, "with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
     for where, row in common.load_rows(path, split):
-        prompt, _ = common.read_prompt(row, prompt_column, where, tokenizer)
-        responses = tuple(common.read_response(row, column, where) for column in response_columns)
+        prompt = common.read_text(row, prompt_column, where, tokenizer)
+        responses = tuple(common.read_text(row, column, where) for column in response_columns)
         ids = tuple(common.reward_model_ids(tokenizer, prompt, response, sys.maxsize) for response in responses)
         excess = len(common.encode(tokenizer, prompt)) - max_prompt_length  # tokens that the prompt loses
         if excess > 0:
