@@ -97,24 +97,29 @@ class Responses:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def rollout(policy, prompts: list[Prompt], num_samples: int = 1, greedy: bool = True) -> Responses:
-    """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then the greedy rows."""
+def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstrations=False) -> Responses:
+    """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then the greedy rows.
+
+    With `demonstrations`, each prompt's demonstration follows its samples.
+    """
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
-    chunk_size = max(1, policy.sampling.batch_size // (num_samples + greedy))
+    chunk_size = max(1, policy.sampling.batch_size // max(1, num_samples + greedy))
     sampled, greedy_rows = [], []
     with whole_model(policy) as model:
-        for start in range(0, len(prompts), chunk_size):
+        for start in range(0, len(prompts) if num_samples + greedy else 0, chunk_size):
             chunk = slice(start, start + chunk_size)
             inputs = (prompts_BP[chunk], prompt_mask_BP[chunk], policy.eos_ids, policy.sampling)
             tokens_RT = generate(model, *inputs, num_samples, greedy)
+            lengths_R = response_mask(tokens_RT, policy.eos_ids).sum(1).tolist()
+            rows = [row[:length] for row, length in zip(tokens_RT.tolist(), lengths_R)]
             first_greedy = len(prompts[chunk]) * num_samples
-            sampled += tokens_RT[:first_greedy]
-            greedy_rows += tokens_RT[first_greedy:]
-    tokens_RT = torch.stack(sampled + greedy_rows)
-    lengths_R = response_mask(tokens_RT, policy.eos_ids).sum(1).tolist()
-    tokens = [row[:length] for row, length in zip(tokens_RT.tolist(), lengths_R)]
-    row_prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-    return responses_of(policy, row_prompts + prompts * greedy, tokens)
+            sampled += rows[:first_greedy]
+            greedy_rows += rows[first_greedy:]
+    if demonstrations:
+        for i in reversed(range(len(prompts))):
+            sampled.insert((i + 1) * num_samples, prompts[i].demonstration)
+    row_prompts = [prompt for prompt in prompts for _ in range(num_samples + demonstrations)]
+    return responses_of(policy, row_prompts + prompts * greedy, sampled + greedy_rows)
 
 
 def responses_of(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Responses:
@@ -509,8 +514,8 @@ def check_sizes(model, tokenizer, max_length: int = 0) -> None:
         fail(f"{lengths} is more than the {positions} positions of {model.name_or_path}")
 
 
-def train_engine(module: Trainable, backend: Backend, rows: int, max_grad_norm: float):
-    """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights, `rows` per rank and step."""
+def train_engine(module: Trainable, backend: Backend, max_grad_norm: float):
+    """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
@@ -518,7 +523,7 @@ def train_engine(module: Trainable, backend: Backend, rows: int, max_grad_norm: 
         module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=backend.micro_batch_size,
-        gradient_accumulation_steps=math.ceil(rows / backend.micro_batch_size),  # backwards per step
+        gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
         zero_optimization=zero,
@@ -683,7 +688,7 @@ def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_text(row: dict, column: str, where: str, tokenizer=None) -> str:
-    """The text in a column; of chat messages the tokenizer's template up to the assistant's turn, or the last content."""
+    """The text in a column; of chat messages the template's text up to the assistant's turn, or the last content."""
     if column not in row:
         fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
     value = row[column]
@@ -792,11 +797,12 @@ def write_whole(path: Path, text: str) -> None:
 class Run:
     """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console."""
 
-    def __init__(self, args, script: str, num_updates: int):
+    def __init__(self, args, script: str, num_updates: int, *engines):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
         self.folder = Path(name[0]).absolute()
         self.is_main = dist.get_rank() == 0
+        self.engines = engines
         self.checkpointed = 0  # the update of the checkpoint that is resumed
         if args.resume:
             with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
@@ -862,10 +868,10 @@ class Run:
         if self.is_main:
             write_whole(self.folder / name, json_lines(rows))
 
-    def save_checkpoint(self, update: int, *engines) -> None:
+    def save_checkpoint(self, update: int) -> None:
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
         folder = self.folder / "checkpoint"
-        for i, engine in enumerate(engines):
+        for i, engine in enumerate(self.engines):
             engine.save_checkpoint(str(folder / f"update-{update}"), tag=f"engine-{i}", save_latest=False)
         dist.barrier()
         if self.is_main:
@@ -874,20 +880,20 @@ class Run:
                 if old.name != f"update-{update}":
                     shutil.rmtree(old)
 
-    def load_checkpoint(self, *engines) -> int:
+    def load_checkpoint(self) -> int:
         """-> the update to begin with."""
         folder = self.folder / "checkpoint" / f"update-{self.checkpointed}"
-        for i, engine in enumerate(engines if self.checkpointed else []):
+        for i, engine in enumerate(self.engines if self.checkpointed else []):
             with fails_with(f"--resume {self.folder}: {folder} could not be read"):
                 if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
                     raise OSError("it is not there or not whole")
-        self.skipped = sum(engine.skipped_steps for engine in engines)
+        self.skipped = sum(engine.skipped_steps for engine in self.engines)
         return self.checkpointed + 1
 
-    def stop_if_asked(self, update: int, *engines) -> None:
+    def stop_if_asked(self, update: int) -> None:
         """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
         if number := max(gather_rows([self.signal])):
-            self.save_checkpoint(update, *engines)
+            self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
             tqdm.write(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
@@ -1025,13 +1031,13 @@ def set_seed(*numbers: int) -> None:
     transformers.set_seed(int(torch.randint(2**32, (), generator=generator)))
 
 
-def plan_updates(total_episodes: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """-> (prompts per rank and update, number of updates)."""
-    if batch_size % world_size:
-        fail(f"--batch-size {batch_size} is not divisible by the number of ranks, {world_size}")
+def plan_updates(total_episodes: int, batch_size: int, parts: int) -> tuple[int, int]:
+    """-> (prompts in each of a batch's equal parts, number of updates)."""
+    if batch_size % parts:
+        fail(f"--batch-size {batch_size} is not divisible by {parts}, the number of ranks (times --num-minibatches)")
     if total_episodes < batch_size:
         fail(f"--total-episodes {total_episodes} is less than one update of --batch-size {batch_size}")
-    return batch_size // world_size, total_episodes // batch_size
+    return batch_size // parts, total_episodes // batch_size
 
 
 def deal_out(items: list) -> list:

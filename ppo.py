@@ -22,8 +22,8 @@ Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-data
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, M rows of a micro-batch, T response tokens, D width. Masks are over response tokens, up to
-and including the first EOS. What does not teach the algorithm is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
+including the first EOS. What does not teach the algorithm is in common.py.
 """
 
 import time
@@ -199,10 +199,9 @@ def whiten(advantages_BT, mask_BT):
 def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
-    B, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)  # rows on this rank
-    minibatch_size = B // args.num_minibatches
-    if B % args.num_minibatches:
-        common.fail(f"--num-minibatches {args.num_minibatches} does not divide the {B} rows of a rank")
+    parts = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, parts)
+    B = minibatch_size * args.num_minibatches  # rows on this rank
 
     # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
     tokenizer = common.load_tokenizer(args.model)
@@ -211,9 +210,9 @@ def main() -> None:
     def load_policy(path, backend):
         return common.load_policy(path, tokenizer, sampling, backend)
 
-    policy = common.train_engine(load_policy(args.model, backend), backend, minibatch_size, args.max_grad_norm)
+    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
     value = common.load_value_model(None if args.reward_function else args.reward_model, args.model, sampling, backend)
-    value = common.train_engine(value, backend, minibatch_size, args.max_grad_norm)
+    value = common.train_engine(value, backend, args.max_grad_norm)
     reference = common.freeze(load_policy(args.model, backend), backend)
     rewards = dict(reward=common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend))
     if args.gold_reward_function:
@@ -229,8 +228,8 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates)
-    first_update = run.load_checkpoint(policy, value)
+    run = common.Run(args, __file__, num_updates, policy, value)
+    first_update = run.load_checkpoint()
     if eval_prompts:
         initial_rows = evaluate(reference)
         if first_update == 1:
@@ -261,7 +260,8 @@ def main() -> None:
         advantages_BT = whiten(advantages_BT, mask_BT)
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         value_learning_rate = learning_rate * args.value_learning_rate / args.learning_rate  # the same schedule
-        losses, value_losses, log_ratios, grad_norms = [], [], [], []
+        losses = []
+        value_losses, log_ratios, grad_norms = [], [], []
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B).split(minibatch_size):
                 tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # real ones, mean over ranks
@@ -269,23 +269,18 @@ def main() -> None:
                     rows = minibatch[part].tolist()
                     mask_MT = mask_BT[rows]
                     logprobs_MT = common.forward(policy, sampled[rows])
-                    loss = policy_loss(
-                        logprobs_MT,
-                        logprobs_BT[rows],
-                        advantages_BT[rows],
-                        mask_MT,
-                        args.clip_range,
-                        denominator=tokens,
-                    )
+                    old_logprobs_MT, advantages_MT = logprobs_BT[rows], advantages_BT[rows]
+                    loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
                     common.backward(policy, loss, is_last)
                     values_MT = common.forward(value, sampled[rows])
+                    old_values_MT, returns_MT = values_BT[rows], returns_BT[rows]
                     loss_of_values = value_loss(
-                        values_MT, values_BT[rows], returns_BT[rows], mask_MT, args.clip_range_value, denominator=tokens
+                        values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, tokens
                     )
                     common.backward(value, loss_of_values, is_last)
                     losses.append(loss.detach())
                     value_losses.append(loss_of_values.detach())
-                    log_ratios.append((logprobs_MT.detach() - logprobs_BT[rows])[mask_MT == 1])
+                    log_ratios.append((logprobs_MT.detach() - old_logprobs_MT)[mask_MT == 1])
                 grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
                 _, value_skipped = common.optimizer_step(value, value_learning_rate)
                 grad_norms.append(grad_norm)
@@ -295,7 +290,6 @@ def main() -> None:
 
         # 6. Log, evaluate, checkpoint
         log_ratios_N = torch.cat(log_ratios)
-        ratios_N = log_ratios_N.exp()
         means = dict(
             reward=rewards_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
@@ -304,8 +298,8 @@ def main() -> None:
             truncated_fraction=~sampled.ended_B,
             loss=torch.stack(losses).sum() / len(grad_norms),
             value_loss=torch.stack(value_losses).sum() / len(grad_norms),
-            clip_fraction=((ratios_N - 1).abs() > args.clip_range).float(),
-            approx_kl=ratios_N - 1 - log_ratios_N,
+            clip_fraction=((log_ratios_N.exp() - 1).abs() > args.clip_range).float(),
+            approx_kl=log_ratios_N.exp() - 1 - log_ratios_N,
         )
         if args.gold_reward_function:
             means["gold_reward"] = rewards["gold_reward"](sampled)
@@ -323,8 +317,8 @@ def main() -> None:
             run.log_samples(update, rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
-            run.save_checkpoint(update, policy, value)
-        run.stop_if_asked(update, policy, value)
+            run.save_checkpoint(update)
+        run.stop_if_asked(update)
 
     # 7. Save, and check that what was saved is what was trained
     probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)

@@ -22,8 +22,8 @@ Eight GPUs:  deepspeed remax.py --model M --reward-model R --dataset D --eval-da
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B sampled rows, R all rows of a rollout, M rows of a micro-batch, T response tokens. Masks are over
-response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
+including the first EOS. What does not teach the algorithm is in common.py.
 """
 
 import time
@@ -172,7 +172,7 @@ def main() -> None:
     def load_policy(path, backend):
         return common.load_policy(path, tokenizer, sampling, backend)
 
-    policy = common.train_engine(load_policy(args.model, backend), backend, B, args.max_grad_norm)
+    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
     reference = common.freeze(load_policy(args.model, backend), backend)
     rewards = dict(reward=common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend))
     if args.gold_reward_function:
@@ -188,8 +188,8 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates)
-    first_update = run.load_checkpoint(policy)
+    run = common.Run(args, __file__, num_updates, policy)
+    first_update = run.load_checkpoint()
     if eval_prompts:
         initial_rows = evaluate(reference)
         if first_update == 1:
@@ -208,9 +208,9 @@ def main() -> None:
         rollout_time = time.perf_counter()
 
         # 4. Score
-        rewards_R = rewards["reward"](responses)
-        rewards_B = rewards_R[:B]
-        baselines_B = rewards_R[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
+        all_rewards = rewards["reward"](responses)
+        rewards_B = all_rewards[:B]
+        baselines_B = all_rewards[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
         score_time = time.perf_counter()
 
         # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
@@ -257,8 +257,8 @@ def main() -> None:
             run.log_samples(update, rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
-            run.save_checkpoint(update, policy)
-        run.stop_if_asked(update, policy)
+            run.save_checkpoint(update)
+        run.stop_if_asked(update)
 
     # 7. Save, and check that what was saved is what was trained
     probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)

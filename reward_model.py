@@ -228,11 +228,11 @@ def main() -> None:
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
-    reward_model = common.train_engine(common.LastTokenScore(model), backend, 2 * B, args.max_grad_norm)
+    reward_model = common.train_engine(common.LastTokenScore(model), backend, args.max_grad_norm)
     title = "held-out responses, a chosen and a rejected one in turn"
 
-    run = common.Run(args, __file__, num_updates)
-    first_update = run.load_checkpoint(reward_model)
+    run = common.Run(args, __file__, num_updates, reward_model)
+    first_update = run.load_checkpoint()
     if first_update == 1 and args.eval_every:
         rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
         run.log(0, dict(episodes=0) | evaluation_metrics(rows))
@@ -270,8 +270,8 @@ def main() -> None:
             run.log_samples(update, rows, title)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
-            run.save_checkpoint(update, reward_model)
-        run.stop_if_asked(update, reward_model)
+            run.save_checkpoint(update)
+        run.stop_if_asked(update)
 
     # 7. Save, and check that what was saved is what was trained
     rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)

@@ -7,12 +7,11 @@ fitted to the weighted responses by maximum likelihood:
 
 which follows π_k(y | x) exp((r − W) / β), the best policy near π_k (Theorem 1; line 5 of Algorithm 2 prints argmin by
 mistake). The paper gives β no value: it is a temperature, in reward units. Towards 0 only the best response counts
-(Best-of-N), towards ∞ all count alike. Demonstrations, where the data has them, are weighted like samples; they are no
-draws from π_k, so that is a heuristic. --weighting uniform --num-samples 0 is supervised fine-tuning on them alone.
+(Best-of-N), towards ∞ all count alike. A demonstration, where the data has one, is one of the N; it is no draw of π_k,
+so that is a heuristic. --weighting uniform --num-samples 0 is supervised fine-tuning on the demonstrations alone.
 
 What ReMax has and this script has not, and why it may be left out here:
-- several models at once: the policy and its optimizer stay in memory, as in supervised fine-tuning; the reward model is
-  read from disk for the moment of scoring, the initial policy for that of an evaluation;
+- several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
 - a KL penalty and its reference policy: by the form of the update π_{k+1} is near π_k;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
 
@@ -23,8 +22,8 @@ Eight GPUs:  deepspeed spr.py --model M --reward-model R --dataset D --eval-data
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 1024 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B prompts on this rank, N responses of a prompt, R = B · N rows, M rows of a micro-batch, T response
-tokens. Masks are over response tokens, up to and including the first EOS. What does not teach is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens; P prompts of N responses each. Masks are over
+response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
 """
 
 import math
@@ -181,31 +180,15 @@ def read_demonstrations(prompts, column, tokenizer, max_length):
     return kept
 
 
-def join_demonstrations(policy, sampled, prompts):
-    """-> responses in which each prompt's demonstration follows its samples, if there are any."""
-    tokens = []
-    if sampled:
-        tokens = [row[mask == 1].tolist() for row, mask in zip(sampled.tokens_BT, sampled.mask_BT)]
-    N = len(tokens) // len(prompts)
-    rows, row_prompts = [], []
-    for i, prompt in enumerate(prompts):
-        rows += [*tokens[i * N : (i + 1) * N], prompt.demonstration]
-        row_prompts += (N + 1) * [prompt]
-    return common.responses_of(policy, row_prompts, rows)
-
-
 # ---------------------------------------------------------------- Training
 
 
 def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
-    B, num_updates = common.plan_updates(
-        args.total_episodes, args.batch_size, backend.world_size
-    )  # prompts, iterations
-    minibatch_size = B // args.num_minibatches
-    if B % args.num_minibatches:
-        common.fail(f"--num-minibatches {args.num_minibatches} does not divide the {B} prompts of a rank")
+    parts = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, parts)
+    P = minibatch_size * args.num_minibatches  # prompts on this rank
 
     # 1. Models: one is trained, the others are in memory for the moment in which they are needed
     tokenizer = common.load_tokenizer(args.model)
@@ -214,14 +197,16 @@ def main() -> None:
     def load_policy(path, backend):
         return common.load_policy(path, tokenizer, sampling, backend)
 
-    def load_reward():
-        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend)
+    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
+
+    def score(responses):  # the reward model is in memory for this moment only
+        return common.Reward(args.reward_model, None, args.missing_eos_penalty, backend)(responses)
 
     rewards = {}
-    if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: supervised fine-tuning
-        rewards["reward"] = load_reward()
-        if args.reward_function is None:
-            rewards["reward"] = lambda responses: load_reward()(responses)
+    if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
+        rewards["reward"] = score
+        if args.reward_function:
+            rewards["reward"] = common.Reward(None, args.reward_function, args.missing_eos_penalty, backend)
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
 
@@ -235,19 +220,16 @@ def main() -> None:
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     has_demonstrations = prompts[0].demonstration is not None
-    if args.num_samples == 0 and not has_demonstrations:
-        common.fail(
-            f"{args.dataset}: --num-samples 0 needs demonstrations, but no column is {args.completion_column!r}"
-        )
     N = args.num_samples + has_demonstrations
-    policy = common.train_engine(load_policy(args.model, backend), backend, minibatch_size * N, args.max_grad_norm)
+    if N == 0:
+        common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
 
     def evaluate(policy):
         reference = common.freeze(load_policy(args.model, backend), backend)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates)
-    first_update = run.load_checkpoint(policy)
+    run = common.Run(args, __file__, num_updates, policy)
+    first_update = run.load_checkpoint()
     if eval_prompts:
         initial_rows = evaluate(common.freeze(load_policy(args.model, backend), backend))
         if first_update == 1:
@@ -258,69 +240,62 @@ def main() -> None:
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt N responses of the policy as it is now, or a demonstration and N − 1 of them
+        # 3. Rollout: to each prompt N responses of the policy as it is now, its demonstration among them if it has one
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
-        responses = None
-        if args.num_samples > 0:
-            responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
-        if has_demonstrations:
-            responses = join_demonstrations(policy, responses, batch)
-        mask_RT = responses.mask_BT
+        responses = common.rollout(policy, batch, args.num_samples, greedy=False, demonstrations=has_demonstrations)
+        mask_BT = responses.mask_BT
         rollout_time = time.perf_counter()
 
         # 4. Score, and turn rewards into weights
         scores = {name: reward(responses) for name, reward in rewards.items()}
-        rewards_BN = scores.get("reward", torch.zeros(B * N, device=backend.device)).view(B, N)
-        weights_BN = weights_of(rewards_BN, args.weighting, args.beta)
-        weights_R = weights_BN.flatten()
-        columns = {name: x_R.tolist() for name, x_R in scores.items()} | dict(weight=weights_R.tolist())
+        rewards_PN = scores.get("reward", torch.zeros(P * N, device=backend.device)).view(P, N)
+        weights_PN = weights_of(rewards_PN, args.weighting, args.beta)
+        weights_B = weights_PN.flatten()
+        columns = {name: x_B.tolist() for name, x_B in (scores | dict(weight=weights_B)).items()}
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns))
         score_time = time.perf_counter()
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule
         common.reset_optimizer(policy)
-        num_steps = args.num_epochs * args.num_minibatches
-        losses, grad_norms = [], []
+        steps = args.num_epochs * args.num_minibatches
+        losses = []
+        grad_norms = []
         for _ in range(args.num_epochs):
-            for minibatch in torch.randperm(B).split(minibatch_size):
-                rows_R = (minibatch[:, None] * N + torch.arange(N)).flatten()
-                order = weights_R[rows_R].argsort(descending=True, stable=True).tolist()
+            for minibatch in torch.randperm(P).split(minibatch_size):
+                rows_B = (minibatch[:, None] * N + torch.arange(N)).flatten()
                 # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
-                kept = max(common.gather_rows([int((weights_R[rows_R] > 0).sum())]))
-                rows_R = rows_R[order[:kept]]
-                for part, is_last in common.micro_batches(mask_RT[rows_R].sum(1), args.micro_batch_size):
-                    rows = rows_R[part].tolist()
+                order = weights_B[rows_B].argsort(descending=True, stable=True).tolist()
+                kept = max(common.gather_rows([int((weights_B[rows_B] > 0).sum())]))
+                rows_B = rows_B[order[:kept]]
+                for part, is_last in common.micro_batches(mask_BT[rows_B].sum(1), args.micro_batch_size):
+                    rows = rows_B[part].tolist()
                     logprobs_MT = common.forward(policy, responses[rows])
-                    loss = weighted_nll(logprobs_MT, weights_R[rows], mask_RT[rows], denominator=minibatch_size)
+                    loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
                     common.backward(policy, loss, is_last)
                     losses.append(loss.detach())
                 step = len(grad_norms) + 1
-                learning_rate = common.scheduled(
-                    args.learning_rate, args.lr_schedule, args.warmup_ratio, step, num_steps
-                )
+                learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, steps)
                 grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
                 grad_norms.append(grad_norm)
+        grad_norm = sum(grad_norms) / steps
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
-        own = slice(args.num_samples or None)  # of a prompt's responses, without the demonstration
-        means = {name: scores_R.view(B, N)[:, own] for name, scores_R in scores.items()}
-        means |= dict(
-            weight_ess=1 / weights_BN.square().sum(1),
-            response_length=mask_RT.sum(1).view(B, N)[:, own],
-            truncated_fraction=~responses.ended_B.view(B, N)[:, own],
-            loss=torch.stack(losses).sum() / num_steps,
+        means = scores | dict(
+            weight_ess=1 / weights_PN.square().sum(1),
+            response_length=mask_BT.sum(1),
+            truncated_fraction=~responses.ended_B,
+            loss=torch.stack(losses).sum() / steps,
         )
         if "reward" in scores:
-            means |= dict(best_reward=rewards_BN.amax(1), weighted_reward=(weights_BN * rewards_BN).sum(1))
+            means |= dict(best_reward=rewards_PN.amax(1), weighted_reward=(weights_PN * rewards_PN).sum(1))
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
-        grad_norm = sum(grad_norms) / len(grad_norms)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(
             seconds_rollout=rollout_time - start_time,
             seconds_score=score_time - rollout_time,
             seconds_train=train_time - score_time,
-            tokens_per_second=int(mask_RT.sum()) * backend.world_size / (train_time - start_time),
+            tokens_per_second=metrics["response_length"] * P * N * backend.world_size / (train_time - start_time),
         )
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
@@ -328,8 +303,8 @@ def main() -> None:
             run.log_samples(update, rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
-            run.save_checkpoint(update, policy)
-        run.stop_if_asked(update, policy)
+            run.save_checkpoint(update)
+        run.stop_if_asked(update)
 
     # 7. Save, and check that what was saved is what was trained
     probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
