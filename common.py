@@ -13,7 +13,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -21,6 +20,7 @@ import logging
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -148,7 +148,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
     # Prompts go through the model once; then each row takes its own copy of its prompt's cache.
     cache = transformers.DynamicCache(config=model.config)
-    positions_BP = position_ids(prompt_mask_BP)
+    positions_BP = (prompt_mask_BP.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
     logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
     if not logits_NV.amax(-1).isfinite().all():
@@ -204,14 +204,10 @@ def pad(rows: list[list[int]], side: str, device: torch.device):
 # ---------------------------------------------------------------- 2. Log-probabilities and values
 
 
-def position_ids(mask_BL):
-    """Positions that count real tokens only: without them learned positions are wrong under left padding."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def hidden_states(model, ids_BL, mask_BL):
     """-> hidden_BLD, the input of the model's heads."""
-    inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_ids(mask_BL), use_cache=False)
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)  # of real tokens: learned positions must not count padding
+    inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False)
     return model.base_model(**inputs).last_hidden_state
 
 
@@ -349,13 +345,11 @@ def function_from_file(spec: str) -> Callable[..., list[float]]:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
     with fails_with(f"{spec}: importing the file raised"):
-        module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+        names = runpy.run_path(path)
+    if not callable(names.get(name)):
         fail(f"{spec}: the file has no function {name!r}")
-    return getattr(module, name)
+    return names[name]
 
 
 class Reward:
@@ -407,8 +401,6 @@ def evaluation_metrics(rows: list[dict], other_rows: list[dict]) -> dict[str, fl
 
 
 # ================================================================ Nothing below is about reinforcement learning.
-
-
 # ---------------------------------------------------------------- 5. Models and DeepSpeed
 
 
@@ -428,15 +420,15 @@ class Backend:
 
 
 def load_tokenizer(path: str):
-    with fails_with(f"{path}: no tokenizer could be loaded"):  # a missing folder, a broken file, no network
+    with fails_with(f"{path}: no tokenizer could be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.vocab_size:  # transformers returns such a one where the tokenizer's files are missing
         fail(f"{path}: no tokenizer could be loaded: it has no vocabulary")
     return tokenizer
 
 
-def load_model(path: str, auto_class, backend: Backend, new_head: bool = False, **kwargs):
-    """A model of a local folder or a hub name, from safetensors only, without dropout; `new_head`: its head is new."""
+def load_model(path: str, auto_class, tokenizer, max_length: int, backend: Backend, new_head=False, **kwargs):
+    """A model from safetensors, without dropout, that fits its tokenizer and texts of `max_length` tokens."""
     kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
     kwargs |= dict(use_safetensors=True, trust_remote_code=False)
     with fails_with(f"{path}: no model could be loaded"):
@@ -445,6 +437,12 @@ def load_model(path: str, auto_class, backend: Backend, new_head: bool = False, 
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
     if "score.weight" in info["unexpected_keys"]:
         fail(f"{path}: is a reward model; expected a language model")
+    embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > embeddings:
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        fail(f"--max-prompt-length + --response-length, {max_length}, is more than the {positions} positions of {path}")
     for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
@@ -454,31 +452,31 @@ def load_model(path: str, auto_class, backend: Backend, new_head: bool = False, 
 
 def load_policy(path: str, tokenizer, sampling: Sampling, backend: Backend) -> ResponseLogprobs:
     """A causal language model, checked to be one that we can train."""
-    model = load_model(path, transformers.AutoModelForCausalLM, backend)
-    check_sizes(model, tokenizer, sampling.max_prompt_length + sampling.response_length)
+    max_length = sampling.max_prompt_length + sampling.response_length
+    model = load_model(path, transformers.AutoModelForCausalLM, tokenizer, max_length, backend)
     policy = ResponseLogprobs(model, tokenizer, sampling, backend.device)
     model.set_attn_implementation("eager")  # flash attention does not run on a CPU
+    prompts_BP, responses_BT = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
     with torch.no_grad():
-        prompts_BP, responses_BT = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
         logits_TV = policy.whole(torch.tensor([[0, 1, 2]])).logits[0, 1:]
-        direct_BT = -F.cross_entropy(logits_TV.float() / sampling.temperature, responses_BT[0], reduction="none")[None]
+        expected_T = -F.cross_entropy(logits_TV.float() / sampling.temperature, responses_BT[0], reduction="none")
         logprobs_BT = policy(prompts_BP, torch.ones_like(prompts_BP), responses_BT)
-    if direct_BT.isnan().any():
+    if expected_T.isnan().any():
         fail(f"{path}: has weights that are not finite")
-    if not torch.allclose(direct_BT, logprobs_BT, atol=0.1):
+    if not torch.allclose(expected_T, logprobs_BT[0], atol=0.1):
         fault = "is not causal, or changes its logits after the output embedding"
         fail(f"{path}: a {type(model).__name__} {fault}, which is not supported")
     model.set_attn_implementation(backend.attention)
     return policy
 
 
-def load_classifier(path: str, backend: Backend, new_head: bool = False, max_length: int = 0) -> tuple:
+def load_classifier(path: str, backend: Backend, max_length: int = 0, new_head: bool = False) -> tuple:
     """-> (a sequence classification model with one output, its tokenizer)."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
         fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
-    model = load_model(path, transformers.AutoModelForSequenceClassification, backend, new_head, num_labels=1)
-    check_sizes(model, tokenizer, max_length)
+    auto_class = transformers.AutoModelForSequenceClassification
+    model = load_model(path, auto_class, tokenizer, max_length, backend, new_head, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
         fail(f"{path}: {type(model).__name__} has no linear head `score` with one output, so it is no reward model")
     if model.config.pad_token_id is None:  # transformers takes batches only with one
@@ -490,8 +488,8 @@ def load_value_model(reward_model: str | None, policy: str, sampling: Sampling, 
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
     max_length = sampling.max_prompt_length + sampling.response_length
     if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
-        return ResponseValues(load_classifier(reward_model, backend, max_length=max_length)[0])
-    model, _ = load_classifier(policy, backend, new_head=True, max_length=max_length)
+        return ResponseValues(load_classifier(reward_model, backend, max_length)[0])
+    model, _ = load_classifier(policy, backend, max_length, new_head=True)
     nn.init.zeros_(model.score.weight)
     return ResponseValues(model)
 
@@ -502,16 +500,6 @@ def eos_ids(model, tokenizer) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     known = {*ids, tokenizer.eos_token_id} - {None}
     return sorted(known) or fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
-
-
-def check_sizes(model, tokenizer, max_length: int = 0) -> None:
-    embeddings = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > embeddings:
-        fail(f"{model.name_or_path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        lengths = f"--max-prompt-length + --response-length, {max_length},"
-        fail(f"{lengths} is more than the {positions} positions of {model.name_or_path}")
 
 
 def train_engine(module: Trainable, backend: Backend, max_grad_norm: float):
@@ -534,7 +522,7 @@ def train_engine(module: Trainable, backend: Backend, max_grad_norm: float):
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    if backend.zero_stage == 0 and dist.get_world_size() == 1:  # one rank need not copy gradients to average them
+    if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
         engine.enable_backward_allreduce = False
     reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
@@ -568,7 +556,7 @@ def whole_model(module: nn.Module) -> Iterator[nn.Module]:
         yield inner.whole.to(module.device)
 
 
-def backward(engine, loss: torch.Tensor, is_last: bool) -> None:
+def backward(engine, loss, is_last: bool) -> None:
     """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite may have finite gradients, which must not count
@@ -599,35 +587,28 @@ def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_
     if update <= warmup:
         return peak * update / warmup
     done = (update - 1 - warmup) / (num_updates - warmup)
-    if schedule == "linear":
-        return peak * (1 - done)
-    if schedule == "cosine":
-        return peak * (0.5 + 0.5 * math.cos(math.pi * done))
-    return peak
+    shares = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
+    return peak * shares[schedule]
 
 
 @torch.no_grad()
 def save_and_check(engine, tokenizer, folder: Path, load: Callable, inputs: tuple, backend: Backend) -> None:
-    """A plain Hugging Face folder from any ZeRO stage: written aside, then renamed, so that it is whole or absent.
-
-    Then load(folder, backend) reads it again, in CPU memory, and must give what the engine gives for the inputs.
-    """
+    """A plain Hugging Face folder from any ZeRO stage; read again by load(folder, backend), it gives the same."""
     with whole_model(engine) as model:
-        if dist.get_rank() == 0:
-            aside = folder.with_name(folder.name + ".tmp")
+        if backend.rank == 0:
+            aside = folder.with_name(folder.name + ".tmp")  # then renamed: whole or absent
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
     trained = engine(*inputs).cpu()
-    if dist.get_rank() == 0:
+    if backend.rank == 0:
         attention = backend.attention.replace("flash_attention_2", "sdpa")  # flash attention needs a GPU
         module = load(str(folder), dataclasses.replace(backend, attention=attention))
         saved = module(*(x.cpu() for x in inputs))
         errors = (saved - trained).abs() / trained.abs().clamp(min=1)
-        difference = errors.mean().item()
-        if not difference < (1e-3 if backend.dtype == "float32" else 0.1):
-            fail(f"{folder}: outputs of the saved model are off by {difference:.2g}", status=1)
+        if not errors.mean() < (1e-3 if backend.dtype == "float32" else 0.1):
+            fail(f"{folder}: outputs of the saved model are off by {errors.mean():.2g}", status=1)
     dist.barrier()
 
 
@@ -639,45 +620,37 @@ def load_rows(path: str, split: str = "train") -> list[tuple[str, dict]]:
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".csv"):  # the standard library knows the line of an error, `datasets` does not
         with fails_with(path):
-            data = Path(path).read_bytes()
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = data[: error.start].count(b"\n") + 1
-            fail(f"{path}:{line}: not UTF-8 ({error.reason}): convert the file to UTF-8")
-    if suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            with fails_with(where):
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) is no text
-            if not isinstance(row, dict):
-                fail(f"{where}: a {type(row).__name__}; expected one JSON object per line")
-            rows.append((where, row))
-    elif suffix == ".csv":
-        rows = list(_read_csv(path, text))
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        rows = list(read_csv(path, text) if suffix == ".csv" else read_jsonl(path, text))
     else:
         import datasets  # slow to import, and only needed here
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
         with fails_with(path):
-            if suffix in (".json", ".parquet"):
-                table = datasets.load_dataset(suffix[1:], data_files=path, split="train")
-            else:
-                table = datasets.load_dataset(path, split=split)
+            is_file = suffix in (".json", ".parquet")
+            arguments = dict(path=suffix[1:], data_files=path) if is_file else dict(path=path, split=split)
+            table = datasets.load_dataset(**dict(split="train") | arguments)
         rows = [(f"{path}: row {i}", row) for i, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
 
 
-def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path: str, text: str) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            with fails_with(f"{path}:{number}"):
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) is no text
+            if not isinstance(row, dict):
+                fail(f"{path}:{number}: a {type(row).__name__}; expected one JSON object per line")
+            yield f"{path}:{number}", row
+
+
+def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -708,8 +681,7 @@ def read_text(row: dict, column: str, where: str, tokenizer=None) -> str:
 
 def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> list[Prompt]:
     """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
-    cut = f"cut to {max_length} tokens"
-    prompts, counts = [], {"empty, dropped": 0, cut: 0}
+    prompts, num_cut, num_empty = [], 0, 0
     for where, row in load_rows(path, split):
         text = read_text(row, column, where, tokenizer)
         is_chat = text is not row[column]  # a chat template writes its own special tokens
@@ -717,38 +689,36 @@ def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int)
         columns = {name: value for name, value in row.items() if name != column}
         if text.strip() and ids:
             prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where))
-            counts[cut] += len(ids) > max_length
+            num_cut += len(ids) > max_length
         else:
-            counts["empty, dropped"] += 1
+            num_empty += 1
     if not prompts:
         fail(f"{path}: every prompt is empty")
-    report(path, f"{len(prompts):,} prompts", counts)
+    report(path, f"{len(prompts):,} prompts", {"empty, dropped": num_empty, f"cut to {max_length} tokens": num_cut})
     return prompts
 
 
-def report(path: str, what: str, counts: dict[str, int]) -> None:
+def report(path: str, found: str, counts: dict[str, int]) -> None:
     notes = [f"{count:,} {name}" for name, count in counts.items() if count]
-    print(f"{what} from {os.path.relpath(path)}" + (f" ({', '.join(notes)})" if notes else ""))
+    print(f"{found} from {os.path.relpath(path)}" + (f" ({', '.join(notes)})" if notes else ""))
 
 
-def train_and_held_out(load: Callable[[str], list], dataset: str, eval_dataset: str | None, size: int) -> tuple:
+def train_and_held_out(load: Callable, dataset: str, eval_dataset: str | None, size: int) -> tuple[list, list]:
     """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
     rows = load(dataset)
     if eval_dataset or not size:
         return rows, load(eval_dataset)[:size] if size else []
     if len(rows) < 2:
         fail(f"{dataset}: its one row cannot be both trained on and held out: give --eval-dataset")
-    order = shuffled_indices(len(rows), 0, 0, len(rows))
+    rows = [rows[i] for i in shuffled_indices(len(rows), 0, 0, len(rows))]
     size = min(size, len(rows) // 2)
-    return [rows[i] for i in order[size:]], [rows[i] for i in order[:size]]
+    return rows[size:], rows[:size]
 
 
 def encode(tokenizer, text: str, **kwargs) -> list[int]:
     """The ids of a text, with one BOS at the most: a text that a template has written may begin with its own."""
     ids = tokenizer(text, **kwargs)["input_ids"]
-    if ids[:2] == 2 * [tokenizer.bos_token_id]:
-        del ids[0]
-    return ids
+    return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
 
 
 def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
@@ -777,14 +747,14 @@ def shuffled_batch(items: list, seed: int, update: int, batch_size: int) -> list
 # ---------------------------------------------------------------- 7. The run
 
 
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_rows(path: Path) -> list[dict]:
     """The lines of a file of ours, none if there is no file; a last line that was torn off is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -800,13 +770,16 @@ class Run:
     def __init__(self, args, script: str, num_updates: int, *engines):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
-        self.folder = Path(name[0]).absolute()
-        self.is_main = dist.get_rank() == 0
-        self.engines = engines
-        self.checkpointed = 0  # the update of the checkpoint that is resumed
+        self.folder, self.engines, self.is_main = Path(name[0]).absolute(), engines, dist.get_rank() == 0
+        self.checkpointed, self.signals = 0, []
         if args.resume:
             with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
                 self.checkpointed = int((self.folder / "checkpoint" / "latest").read_text())
+            folder = self.folder / "checkpoint" / f"update-{self.checkpointed}"
+            for i, engine in enumerate(engines):
+                with fails_with(f"--resume {self.folder}: {folder} could not be read"):
+                    if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
+                        raise OSError("it is not there or not whole")
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
         dist.barrier()  # every rank has looked before rank 0 writes
@@ -820,12 +793,10 @@ class Run:
                     write_whole(path, json_lines(kept if args.resume else []))  # nothing after the checkpoint
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1 if args.resume else None)
         self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.is_main)
-        self.signal, self.skipped, self.faults = 0, 0, []
+        self.skipped = sum(engine.skipped_steps for engine in engines)
+        self.faults = []  # the updates in a row that have skipped a step
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember_signal)
-
-    def _remember_signal(self, number, frame) -> None:
-        self.signal = self.signal or number
+            signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
@@ -833,10 +804,10 @@ class Run:
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         metrics = dict(update=update, peak_memory_bytes=max(gather_rows([peak]))) | metrics
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self.is_main:
-            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json_lines([row]))
+                file.write(json_lines([dict.fromkeys(metrics) | finite]))
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, update)
             shown = {name: f"{metrics[name]:.2f}" for name in ("reward", "kl", "accuracy") if name in metrics}
@@ -845,8 +816,8 @@ class Run:
         skipped = metrics.get("skipped_updates", 0)
         self.faults = [*self.faults, update] if skipped > self.skipped else []
         self.skipped = skipped
-        if len(self.faults) == 10:  # in a row
-            name = next((name for name, value in metrics.items() if not math.isfinite(value)), "a gradient")
+        if len(self.faults) == 10:
+            name = next((name for name in metrics if name not in finite), "a gradient")
             fail(f"ten updates in a row were skipped: {name} is not finite since update {self.faults[0]}", status=1)
 
     def log_samples(self, update: int, rows: list[dict], title: str = "greedy responses to held-out prompts") -> None:
@@ -880,19 +851,9 @@ class Run:
                 if old.name != f"update-{update}":
                     shutil.rmtree(old)
 
-    def load_checkpoint(self) -> int:
-        """-> the update to begin with."""
-        folder = self.folder / "checkpoint" / f"update-{self.checkpointed}"
-        for i, engine in enumerate(self.engines if self.checkpointed else []):
-            with fails_with(f"--resume {self.folder}: {folder} could not be read"):
-                if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
-                    raise OSError("it is not there or not whole")
-        self.skipped = sum(engine.skipped_steps for engine in self.engines)
-        return self.checkpointed + 1
-
     def stop_if_asked(self, update: int) -> None:
         """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
-        if number := max(gather_rows([self.signal])):
+        if number := max(gather_rows([*self.signals[:1], 0][:1])):
             self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
@@ -907,10 +868,10 @@ class Run:
         rows = read_rows(self.folder / "metrics.jsonl")
         for name in ("reward", "gold_reward", "win_rate", "log_ratio", "accuracy", "margin"):
             if (name := f"eval_{name}") in rows[0] and name in rows[-1]:
-                tqdm.write(f"{name:18} {rows[0][name]:6.2f} → {rows[-1][name]:6.2f}")
-        tqdm.write(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
-        tqdm.write(f"Samples: {self.folder / 'samples.jsonl'}")
-        tqdm.write(f"Curves:  tensorboard --logdir {self.folder}")
+                print(f"{name:18} {rows[0][name]:6.2f} → {rows[-1][name]:6.2f}")
+        print(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
+        print(f"Samples: {self.folder / 'samples.jsonl'}")
+        print(f"Curves:  tensorboard --logdir {self.folder}")
 
     def close(self) -> None:
         self.bar.close()
@@ -935,12 +896,14 @@ def fails_with(message: str, status: int = 2) -> Iterator[None]:
     """An error inside, or an exit, ends the run with one line: the message, then the error's first line."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        fail(f"{message}:{line}: not UTF-8: convert the file to UTF-8")
     except (Exception, SystemExit) as error:
         text = getattr(error, "strerror", None) or str(error)
-        first_line = text.strip().partition("\n")[0]
         if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
-            first_line = f"{type(error).__name__}: {first_line}"
-        fail(f"{message}: {first_line}", status)
+            text = f"{type(error).__name__}: {text}"
+        fail(f"{message}: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}", status)
 
 
 # Types of flags, and the values that they accept.
@@ -1004,7 +967,6 @@ def parse_args(Args: type):
 
 def start_processes(args) -> Backend:
     """Join the process group, also as the only process."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A C++ op that only makes CPU collectives faster and takes a minute to compile on first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -1012,7 +974,7 @@ def start_processes(args) -> Backend:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)  # any free port
-    for name, value in alone.items():
+    for name, value in (alone | dict(TOKENIZERS_PARALLELISM="false")).items():
         os.environ.setdefault(name, str(value))  # set by torchrun and deepspeed
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu")

@@ -229,14 +229,13 @@ def main() -> None:
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
     run = common.Run(args, __file__, num_updates, policy, value)
-    first_update = run.load_checkpoint()
     if eval_prompts:
         initial_rows = evaluate(reference)
-        if first_update == 1:
+        if run.checkpointed == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
 
-    for update in range(first_update, num_updates + 1):
+    for update in range(run.checkpointed + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 

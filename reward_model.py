@@ -232,13 +232,12 @@ def main() -> None:
     title = "held-out responses, a chosen and a rejected one in turn"
 
     run = common.Run(args, __file__, num_updates, reward_model)
-    first_update = run.load_checkpoint()
-    if first_update == 1 and args.eval_every:
+    if run.checkpointed == 0 and args.eval_every:
         rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
         run.log(0, dict(episodes=0) | evaluation_metrics(rows))
         run.log_samples(0, rows, title)
 
-    for update in range(first_update, num_updates + 1):
+    for update in range(run.checkpointed + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
