@@ -4,17 +4,14 @@ About reinforcement learning: 1 rollout · 2 log-probabilities and values · 3 r
 About everything else: 5 models and DeepSpeed · 6 data · 7 the run · 8 flags, errors and processes.
 
 Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
-D width, R rows of a rollout (several per prompt). Logits at position t predict token t + 1. A response mask is 1 up to
-and including the first EOS.
+D width, R all rows of a rollout. Logits at position t predict token t + 1. A response mask is 1 up to the first EOS.
 """
 
 import contextlib
 import copy
 import csv
 import dataclasses
-import functools
 import io
-import itertools
 import json
 import logging
 import math
@@ -98,10 +95,7 @@ class Responses:
 
 
 def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstrations=False) -> Responses:
-    """Responses of the policy as it is now: `num_samples` sampled rows per prompt (adjacent), then the greedy rows.
-
-    With `demonstrations`, each prompt's demonstration follows its samples.
-    """
+    """The policy's responses: `num_samples` sampled rows per prompt (and its demonstration), then the greedy rows."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     chunk_size = max(1, policy.sampling.batch_size // max(1, num_samples + greedy))
     sampled, greedy_rows = [], []
@@ -119,25 +113,20 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
         for i in reversed(range(len(prompts))):
             sampled.insert((i + 1) * num_samples, prompts[i].demonstration)
     row_prompts = [prompt for prompt in prompts for _ in range(num_samples + demonstrations)]
-    return responses_of(policy, row_prompts + prompts * greedy, sampled + greedy_rows)
-
-
-def responses_of(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Responses:
-    """Token ids of responses, a list per row, as padded tensors beside their prompts."""
-    prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
+    row_prompts += prompts * greedy
+    tokens = sampled + greedy_rows
+    prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in row_prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
-    ended = [row[-1] in policy.eos_ids for row in tokens]
-    ended_B = torch.tensor(ended, device=policy.device)
+    ended_B = torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=policy.device)
     texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return Responses(prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
+    return Responses(row_prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
 @torch.no_grad()
 def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sampling, num_samples, greedy):
-    """Decodes `num_samples` sampled rows per prompt (adjacent), then, if `greedy`, one greedy row per prompt.
+    """-> tokens_RT: `num_samples` sampled rows per prompt (adjacent), then, if `greedy`, a greedy row per prompt.
 
     Sampling is from softmax(logits / temperature), without top-k or top-p: what is sampled is what is scored.
-    -> tokens_RT, T = sampling.response_length. A row that has ended repeats its EOS.
     """
     device, (B, P) = prompts_BP.device, prompts_BP.shape
     index_R = torch.arange(B, device=device).repeat_interleave(num_samples)  # the prompt of each row
@@ -193,7 +182,7 @@ def response_mask(tokens_BT, eos_ids: list[int]):
     return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
 
 
-def pad(rows: list[list[int]], side: str, device: torch.device):
+def pad(rows: list[list[int]], side, device: torch.device):
     """-> (ids_BL, mask_BL). The mask alone tells padding from text: an EOS id inside a prompt is just a token."""
     ids = [torch.tensor(row) for row in rows]
     ids_BL = pad_sequence(ids, batch_first=True, padding_side=side)
@@ -219,30 +208,30 @@ def response_hidden_states(model, prompts_BP, prompt_mask_BP, responses_BT):
 
 
 class Trainable(nn.Module):
-    """A Hugging Face model as the function that is trained: its forward is the function, so that ZeRO-3 sees each call.
-
-    `whole` is the same model for decoding and saving: it shares every parameter, but never gets ZeRO-3's hooks or
-    gradient checkpointing.
-    """
+    """A Hugging Face model as the function that is trained, its forward. `whole` is the same, to decode with and save."""
 
     def __init__(self, model):
         super().__init__()
-        shared = itertools.chain(model.parameters(), model.buffers(), [model.config])
+        shared = [*model.parameters(), *model.buffers(), model.config]
         whole = copy.deepcopy(model, {id(thing): thing for thing in shared})
-        self.__dict__["whole"] = whole.eval()  # set around nn.Module so that it is not registered as a submodule
+        # Set around nn.Module, not as a submodule: it never gets ZeRO-3's hooks or gradient checkpointing.
+        self.__dict__["whole"] = whole.eval()
         self.model = model.train()  # gradient checkpointing works in training mode only; dropout is 0
 
 
 class ResponseLogprobs(Trainable):
-    """A causal language model as the log-probabilities of response tokens: policy and reference alike.
-
-    A DeepSpeed engine passes on the attributes of its module, so a rollout finds them in both.
-    """
+    """A causal language model as the log-probabilities of response tokens: policy and reference alike."""
 
     def __init__(self, model, tokenizer, sampling: Sampling, device):
         super().__init__(model)
-        self.tokenizer, self.sampling, self.device = tokenizer, sampling, device
-        self.eos_ids = eos_ids(model, tokenizer)
+        self.tokenizer = tokenizer  # an engine passes on the attributes of its module
+        self.sampling = sampling
+        self.device = device
+        ids = model.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]  # chat models often have several
+        self.eos_ids = sorted({*ids, tokenizer.eos_token_id} - {None})
+        if not self.eos_ids:
+            fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT):
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
@@ -254,11 +243,12 @@ class ResponseLogprobs(Trainable):
 
         # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive, and backward computes them again.
         size = max(1, 2**25 // self.model.config.vocab_size)
-        hidden_chunks = hidden_ND.split(size)
-        token_chunks = responses_BT.flatten().split(size)
-        if torch.is_grad_enabled() and len(token_chunks) > 1:
-            logprobs = functools.partial(checkpoint, logprobs, use_reentrant=False)
-        return torch.cat([logprobs(*chunk) for chunk in zip(hidden_chunks, token_chunks)]).view_as(responses_BT)
+        chunks = list(zip(hidden_ND.split(size), responses_BT.flatten().split(size)))
+        if torch.is_grad_enabled() and len(chunks) > 1:
+            parts = [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [logprobs(*chunk) for chunk in chunks]
+        return torch.cat(parts).view_as(responses_BT)
 
 
 class ResponseValues(Trainable):
@@ -282,7 +272,7 @@ def forward(module, responses: Responses):
 
 
 @torch.no_grad()
-def forward_all(module, responses: Responses, micro_batch_size: int):
+def forward_all(module, responses: Responses, micro_batch_size):
     """`forward` of all rows, without gradients, by micro-batches -> (B, T)."""
     values_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
     for rows, _ in micro_batches(responses.mask_BT.sum(1), micro_batch_size):
@@ -290,7 +280,7 @@ def forward_all(module, responses: Responses, micro_batch_size: int):
     return values_BT
 
 
-def micro_batches(lengths_B, size: int):
+def micro_batches(lengths_B, size):
     """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
     # The longest come first, so that running out of memory shows at once.
     order = lengths_B.argsort(descending=True, stable=True).tolist()
@@ -312,7 +302,7 @@ class LastTokenScore(Trainable):
         return self.model.score(last_BD).squeeze(-1).float()
 
 
-def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> list[int]:
+def reward_model_ids(tokenizer, prompt, response, max_length) -> list[int]:
     """What a reward model reads in training and scoring: prompt + response as one text, then EOS; cut on the left."""
     ids = encode(tokenizer, prompt + response)
     if ids[-1:] != [tokenizer.eos_token_id]:
@@ -320,45 +310,30 @@ def reward_model_ids(tokenizer, prompt: str, response: str, max_length: int) -> 
     return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
-def reward_model_function(path: str, backend: "Backend") -> Callable[..., list[float]]:
-    """A sequence classification folder as a reward function of texts; so its tokenizer may be any."""
-    model, tokenizer = load_classifier(path, backend)
-    max_length = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    mean = getattr(model.config, "reward_mean", 0.0)
-    scorer = freeze(LastTokenScore(model), backend)
+class Reward:
+    """A reward of responses, by a function of texts from a file or by a reward model, less a penalty without EOS."""
+
+    def __init__(self, model, function, missing_eos_penalty, backend):
+        self.name = function or model
+        self.missing_eos_penalty = missing_eos_penalty
+        self.backend = backend
+        self.function = function_from_file(function) if function else self.scores
+        if not function:
+            classifier, self.tokenizer = load_classifier(model, backend)
+            self.max_length = getattr(classifier.config, "max_position_embeddings", sys.maxsize)
+            self.mean = getattr(classifier.config, "reward_mean", 0.0)
+            self.scorer = freeze(LastTokenScore(classifier), backend)
 
     @torch.no_grad()
-    def reward(prompts, responses, **columns):
-        ids = [reward_model_ids(tokenizer, *texts, max_length) for texts in zip(prompts, responses)]
+    def scores(self, prompts: list[str], responses: list[str], **columns) -> list[float]:
+        """The reward model's scores of texts; so its tokenizer may be any."""
+        ids = [reward_model_ids(self.tokenizer, *texts, self.max_length) for texts in zip(prompts, responses)]
         lengths_B = torch.tensor([len(row) for row in ids])
-        scores_B = torch.empty(len(ids), device=backend.device)
-        for rows, _ in micro_batches(lengths_B, backend.micro_batch_size):
-            ids_BL, mask_BL = pad([ids[i] for i in rows], "right", backend.device)
-            scores_B[rows] = scorer(ids_BL, mask_BL)
-        return (scores_B - mean).tolist()
-
-    return reward
-
-
-def function_from_file(spec: str) -> Callable[..., list[float]]:
-    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-    with fails_with(f"{spec}: importing the file raised"):
-        names = runpy.run_path(path)
-    if not callable(names.get(name)):
-        fail(f"{spec}: the file has no function {name!r}")
-    return names[name]
-
-
-class Reward:
-    """A checked reward function of texts (a file's, else the reward model's), less a penalty where there is no EOS."""
-
-    def __init__(self, model: str | None, function: str | None, missing_eos_penalty: float, backend: "Backend"):
-        self.name = function or model
-        self.function = function_from_file(function) if function else reward_model_function(model, backend)
-        self.missing_eos_penalty = missing_eos_penalty
+        scores_B = torch.empty(len(ids), device=self.backend.device)
+        for rows, _ in micro_batches(lengths_B, self.backend.micro_batch_size):
+            ids_BL, mask_BL = pad([ids[i] for i in rows], "right", self.backend.device)
+            scores_B[rows] = self.scorer(ids_BL, mask_BL)
+        return (scores_B - self.mean).tolist()
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
@@ -376,10 +351,22 @@ class Reward:
         return rewards_B - self.missing_eos_penalty * ~responses.ended_B
 
 
+def function_from_file(spec) -> Callable[..., list[float]]:
+    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+    with fails_with(f"{spec}: importing the file raised"):
+        names = runpy.run_path(path)
+    if not callable(names.get(name)):
+        fail(f"{spec}: the file has no function {name!r}")
+    return names[name]
+
+
 # ---------------------------------------------------------------- 4. Evaluation
 
 
-def evaluate(policy, reference, prompts: list[Prompt], rewards: dict, micro_batch_size: int) -> list[dict]:
+def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     responses = rollout(policy, deal_out(prompts), num_samples=0, greedy=True)
     columns = {name: reward(responses).tolist() for name, reward in rewards.items()}
@@ -396,7 +383,8 @@ def evaluation_metrics(rows: list[dict], other_rows: list[dict]) -> dict[str, fl
     metrics = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
     if "reward" in names:
         margins = [row["reward"] - other["reward"] for row, other in zip(rows, other_rows)]
-        metrics["eval_win_rate"] = sum((x > 0) + 0.5 * (x == 0) for x in margins) / len(margins)  # a tie counts ½
+        wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts ½
+        metrics["eval_win_rate"] = sum(wins) / len(wins) / 2
     return metrics
 
 
@@ -419,15 +407,12 @@ class Backend:
     micro_batch_size: int
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path):
     with fails_with(f"{path}: no tokenizer could be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if not tokenizer.vocab_size:  # transformers returns such a one where the tokenizer's files are missing
-        fail(f"{path}: no tokenizer could be loaded: it has no vocabulary")
-    return tokenizer
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def load_model(path: str, auto_class, tokenizer, max_length: int, backend: Backend, new_head=False, **kwargs):
+def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False, **kwargs):
     """A model from safetensors, without dropout, that fits its tokenizer and texts of `max_length` tokens."""
     kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
     kwargs |= dict(use_safetensors=True, trust_remote_code=False)
@@ -438,7 +423,7 @@ def load_model(path: str, auto_class, tokenizer, max_length: int, backend: Backe
     if "score.weight" in info["unexpected_keys"]:
         fail(f"{path}: is a reward model; expected a language model")
     embeddings = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > embeddings:
+    if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if max_length > positions:
@@ -450,13 +435,14 @@ def load_model(path: str, auto_class, tokenizer, max_length: int, backend: Backe
     return model
 
 
-def load_policy(path: str, tokenizer, sampling: Sampling, backend: Backend) -> ResponseLogprobs:
+def load_policy(path, tokenizer, sampling: Sampling, backend) -> ResponseLogprobs:
     """A causal language model, checked to be one that we can train."""
     max_length = sampling.max_prompt_length + sampling.response_length
     model = load_model(path, transformers.AutoModelForCausalLM, tokenizer, max_length, backend)
     policy = ResponseLogprobs(model, tokenizer, sampling, backend.device)
     model.set_attn_implementation("eager")  # flash attention does not run on a CPU
-    prompts_BP, responses_BT = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    prompts_BP = torch.tensor([[0, 1]])
+    responses_BT = torch.tensor([[2, 3]])
     with torch.no_grad():
         logits_TV = policy.whole(torch.tensor([[0, 1, 2]])).logits[0, 1:]
         expected_T = -F.cross_entropy(logits_TV.float() / sampling.temperature, responses_BT[0], reduction="none")
@@ -470,7 +456,7 @@ def load_policy(path: str, tokenizer, sampling: Sampling, backend: Backend) -> R
     return policy
 
 
-def load_classifier(path: str, backend: Backend, max_length: int = 0, new_head: bool = False) -> tuple:
+def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     """-> (a sequence classification model with one output, its tokenizer)."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
@@ -484,7 +470,7 @@ def load_classifier(path: str, backend: Backend, max_length: int = 0, new_head: 
     return model, tokenizer
 
 
-def load_value_model(reward_model: str | None, policy: str, sampling: Sampling, backend: Backend) -> ResponseValues:
+def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ResponseValues:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
     max_length = sampling.max_prompt_length + sampling.response_length
     if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
@@ -494,15 +480,7 @@ def load_value_model(reward_model: str | None, policy: str, sampling: Sampling, 
     return ResponseValues(model)
 
 
-def eos_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a response: chat models often have several."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    known = {*ids, tokenizer.eos_token_id} - {None}
-    return sorted(known) or fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
-
-
-def train_engine(module: Trainable, backend: Backend, max_grad_norm: float):
+def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
@@ -528,14 +506,14 @@ def train_engine(module: Trainable, backend: Backend, max_grad_norm: float):
     return engine
 
 
-def reset_optimizer(engine) -> None:
+def reset_optimizer(engine):
     """Adam's moments and its count of steps are 0 again."""
     for state in engine.basic_optimizer.state.values():
         for value in state.values():
             value.zero_()
 
 
-def freeze(module: Trainable, backend: Backend) -> nn.Module:
+def freeze(module, backend) -> nn.Module:
     """A model that is only read: whole on the device, or sharded over the ranks (ZeRO-3) or in CPU memory (offload)."""
     module.requires_grad_(False).eval()
     if backend.zero_stage < 3 and not backend.offload:
@@ -548,7 +526,7 @@ def freeze(module: Trainable, backend: Backend) -> nn.Module:
 
 
 @contextlib.contextmanager
-def whole_model(module: nn.Module) -> Iterator[nn.Module]:
+def whole_model(module) -> Iterator[nn.Module]:
     """The plain Hugging Face model behind an engine or a frozen module; its weights are gathered once for the block."""
     inner = module.module if isinstance(module, deepspeed.DeepSpeedEngine) else module
     sharded = [p for p in inner.parameters() if hasattr(p, "ds_id")]
@@ -556,14 +534,14 @@ def whole_model(module: nn.Module) -> Iterator[nn.Module]:
         yield inner.whole.to(module.device)
 
 
-def backward(engine, loss, is_last: bool) -> None:
+def backward(engine, loss, is_last):
     """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite may have finite gradients, which must not count
     engine.backward(loss * one, scale_wrt_gas=False)
 
 
-def optimizer_step(engine, learning_rate: float) -> tuple[float, int]:
+def optimizer_step(engine, learning_rate) -> tuple[float, int]:
     """Clips and steps -> (gradient norm before clipping, steps skipped so far because it was not finite)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -581,18 +559,19 @@ def optimizer_step(engine, learning_rate: float) -> tuple[float, int]:
     return norm.item(), engine.skipped_steps
 
 
-def scheduled(peak: float, schedule: str, warmup_ratio: float, update: int, num_updates: int) -> float:
+def scheduled(peak, schedule, warmup_ratio, update, num_updates) -> float:
     """The learning rate of an update (1 … num_updates): linear warm-up, then constant, or down to 0."""
     warmup = math.ceil(warmup_ratio * num_updates)
     if update <= warmup:
         return peak * update / warmup
     done = (update - 1 - warmup) / (num_updates - warmup)
-    shares = dict(constant=1.0, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
-    return peak * shares[schedule]
+    if schedule == "constant":
+        return peak
+    return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 @torch.no_grad()
-def save_and_check(engine, tokenizer, folder: Path, load: Callable, inputs: tuple, backend: Backend) -> None:
+def save_and_check(engine, tokenizer, folder, load, inputs, backend):
     """A plain Hugging Face folder from any ZeRO stage; read again by load(folder, backend), it gives the same."""
     with whole_model(engine) as model:
         if backend.rank == 0:
@@ -615,7 +594,7 @@ def save_and_check(engine, tokenizer, folder: Path, load: Callable, inputs: tupl
 # ---------------------------------------------------------------- 6. Data
 
 
-def load_rows(path: str, split: str = "train") -> list[tuple[str, dict]]:
+def load_rows(path, split="train") -> list[tuple[str, dict]]:
     """Rows of a local .jsonl, .csv, .json or .parquet file or of a hub data set -> [(where it stands, row)]."""
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".csv"):  # the standard library knows the line of an error, `datasets` does not
@@ -628,16 +607,15 @@ def load_rows(path: str, split: str = "train") -> list[tuple[str, dict]]:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
         with fails_with(path):
-            is_file = suffix in (".json", ".parquet")
-            arguments = dict(path=suffix[1:], data_files=path) if is_file else dict(path=path, split=split)
-            table = datasets.load_dataset(**dict(split="train") | arguments)
-        rows = [(f"{path}: row {i}", row) for i, row in enumerate(table, start=1)]
+            readers = {".json": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
+            table = readers[suffix](path) if suffix in readers else datasets.load_dataset(path, split=split)
+        rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
 
 
-def read_jsonl(path: str, text: str) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path, text) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             with fails_with(f"{path}:{number}"):
@@ -648,7 +626,7 @@ def read_jsonl(path: str, text: str) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{number}", row
 
 
-def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
+def read_csv(path, text) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -660,7 +638,7 @@ def read_csv(path: str, text: str) -> Iterator[tuple[str, dict]]:
         fail(f"{path}:{reader.line_num + 1}: {error}")
 
 
-def read_text(row: dict, column: str, where: str, tokenizer=None) -> str:
+def read_text(row, column, where, tokenizer=None) -> str:
     """The text in a column; of chat messages the template's text up to the assistant's turn, or the last content."""
     if column not in row:
         fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
@@ -679,7 +657,7 @@ def read_text(row: dict, column: str, where: str, tokenizer=None) -> str:
         return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
 
 
-def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int) -> list[Prompt]:
+def load_prompts(path, split, column, tokenizer, max_length) -> list[Prompt]:
     """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
     prompts, num_cut, num_empty = [], 0, 0
     for where, row in load_rows(path, split):
@@ -698,12 +676,12 @@ def load_prompts(path: str, split: str, column: str, tokenizer, max_length: int)
     return prompts
 
 
-def report(path: str, found: str, counts: dict[str, int]) -> None:
+def report(path, found, counts: dict[str, int]):
     notes = [f"{count:,} {name}" for name, count in counts.items() if count]
     print(f"{found} from {os.path.relpath(path)}" + (f" ({', '.join(notes)})" if notes else ""))
 
 
-def train_and_held_out(load: Callable, dataset: str, eval_dataset: str | None, size: int) -> tuple[list, list]:
+def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
     rows = load(dataset)
     if eval_dataset or not size:
@@ -715,21 +693,21 @@ def train_and_held_out(load: Callable, dataset: str, eval_dataset: str | None, s
     return rows[size:], rows[:size]
 
 
-def encode(tokenizer, text: str, **kwargs) -> list[int]:
+def encode(tokenizer, text, **kwargs) -> list[int]:
     """The ids of a text, with one BOS at the most: a text that a template has written may begin with its own."""
     ids = tokenizer(text, **kwargs)["input_ids"]
     return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
 
 
-def cut_left(ids: list[int], max_length: int, bos_id: int | None) -> list[int]:
+def cut_left(ids: list[int], max_length, bos_id) -> list[int]:
     """The last `max_length` ids, of which the first stays the BOS if it was one."""
-    if len(ids) <= max_length:
-        return ids
-    bos = ids[:1] if ids[0] == bos_id and max_length > 1 else []
-    return bos + ids[len(ids) - max_length + len(bos) :]
+    excess = len(ids) - max_length
+    if excess > 0 and ids[0] == bos_id and max_length > 1:
+        return ids[:1] + ids[excess + 1 :]
+    return ids[max(0, excess) :]
 
 
-def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:
+def shuffled_indices(size, seed, start, count) -> list[int]:
     """Entries start … start + count of an endless stream of shuffled epochs: a position in the data is a number."""
     indices = []
     for epoch in range(start // size, (start + count - 1) // size + 1):
@@ -738,7 +716,7 @@ def shuffled_indices(size: int, seed: int, start: int, count: int) -> list[int]:
     return indices[start % size :][:count]
 
 
-def shuffled_batch(items: list, seed: int, update: int, batch_size: int) -> list:
+def shuffled_batch(items, seed, update, batch_size) -> list:
     """This rank's share of an update's items."""
     indices = shuffled_indices(len(items), seed, (update - 1) * batch_size, batch_size)
     return [items[i] for i in indices[dist.get_rank() :: dist.get_world_size()]]
@@ -751,13 +729,13 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path) -> list[dict]:
     """The lines of a file of ours, none if there is no file; a last line that was torn off is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path, text):
     """Atomic: readers see the old text or the new one."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
@@ -767,11 +745,12 @@ def write_whole(path: Path, text: str) -> None:
 class Run:
     """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console."""
 
-    def __init__(self, args, script: str, num_updates: int, *engines):
+    def __init__(self, args, script, num_updates, *engines):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
-        self.folder, self.engines, self.is_main = Path(name[0]).absolute(), engines, dist.get_rank() == 0
-        self.checkpointed, self.signals = 0, []
+        self.folder = Path(name[0]).absolute()
+        self.engines, self.is_main, self.signals = engines, dist.get_rank() == 0, []
+        self.checkpointed = 0
         if args.resume:
             with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
                 self.checkpointed = int((self.folder / "checkpoint" / "latest").read_text())
@@ -790,19 +769,18 @@ class Run:
                 write_whole(self.folder / "args.json", json.dumps(saved, indent=2) + "\n")
                 for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                     kept = [row for row in read_rows(path) if row["update"] <= self.checkpointed]
-                    write_whole(path, json_lines(kept if args.resume else []))  # nothing after the checkpoint
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1 if args.resume else None)
+                    write_whole(path, json_lines(kept))  # nothing after the checkpoint
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1)
         self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.is_main)
         self.skipped = sum(engine.skipped_steps for engine in engines)
         self.faults = []  # the updates in a row that have skipped a step
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self.signals.append(number))
 
-    def log(self, update: int, metrics: dict[str, float]) -> None:
+    def log(self, update, metrics: dict[str, float]):
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
         metrics = dict(update=update, peak_memory_bytes=max(gather_rows([peak]))) | metrics
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self.is_main:
@@ -820,7 +798,7 @@ class Run:
             name = next((name for name in metrics if name not in finite), "a gradient")
             fail(f"ten updates in a row were skipped: {name} is not finite since update {self.faults[0]}", status=1)
 
-    def log_samples(self, update: int, rows: list[dict], title: str = "greedy responses to held-out prompts") -> None:
+    def log_samples(self, update, rows: list[dict], title="greedy responses to held-out prompts"):
         """All rows of an evaluation to samples.jsonl, three to the console."""
         if not self.is_main:
             return
@@ -830,16 +808,16 @@ class Run:
         mean = f"mean reward {sum(row['reward'] for row in rows) / len(rows):.2f} of " if scored else ""
         tqdm.write(f"\nAfter {update} updates: {mean}{title}, such as")
         for row in rows[:3]:
-            reward = f"[{row['reward']:6.2f}] " if scored else ""
-            tqdm.write(f"  {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
+            reward = f"  [{row['reward']:6.2f}]" if scored else " "
+            tqdm.write(f"{reward} {row['prompt'][-120:]} ▸{row['response'][:400]}")
 
-    def write_rows(self, name: str, rows: list[dict]) -> None:
+    def write_rows(self, name, rows: list[dict]):
         """All ranks' rows to a file of their own."""
         rows = gather_rows(rows)
         if self.is_main:
             write_whole(self.folder / name, json_lines(rows))
 
-    def save_checkpoint(self, update: int) -> None:
+    def save_checkpoint(self, update):
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
         folder = self.folder / "checkpoint"
         for i, engine in enumerate(self.engines):
@@ -851,7 +829,7 @@ class Run:
                 if old.name != f"update-{update}":
                     shutil.rmtree(old)
 
-    def stop_if_asked(self, update: int) -> None:
+    def stop_if_asked(self, update):
         """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
         if number := max(gather_rows([*self.signals[:1], 0][:1])):
             self.save_checkpoint(update)
@@ -860,7 +838,7 @@ class Run:
             tqdm.write(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + number)
 
-    def finish(self, model: str) -> None:
+    def finish(self, model):
         """The console's last lines: what was learned, where it is, how to look at it."""
         self.close()
         if not self.is_main:
@@ -873,7 +851,7 @@ class Run:
         print(f"Samples: {self.folder / 'samples.jsonl'}")
         print(f"Curves:  tensorboard --logdir {self.folder}")
 
-    def close(self) -> None:
+    def close(self):
         self.bar.close()
         if self.is_main:
             self.writer.close()
@@ -884,7 +862,7 @@ class Run:
 # ---------------------------------------------------------------- 8. Flags, errors and processes
 
 
-def fail(message: str, status: int = 2) -> typing.NoReturn:
+def fail(message, status=2) -> typing.NoReturn:
     """End with one line on standard error. Status 2 is bad input, which every rank sees; rank 0 reports it."""
     if status != 2 or os.environ.get("RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
@@ -892,7 +870,7 @@ def fail(message: str, status: int = 2) -> typing.NoReturn:
 
 
 @contextlib.contextmanager
-def fails_with(message: str, status: int = 2) -> Iterator[None]:
+def fails_with(message, status=2) -> Iterator[None]:
     """An error inside, or an exit, ends the run with one line: the message, then the error's first line."""
     try:
         yield
@@ -903,10 +881,9 @@ def fails_with(message: str, status: int = 2) -> Iterator[None]:
         text = getattr(error, "strerror", None) or str(error)
         if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
             text = f"{type(error).__name__}: {text}"
-        fail(f"{message}: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}", status)
+        fail(f"{message}: {(text.strip() or type(error).__name__).splitlines()[0]}", status)
 
 
-# Types of flags, and the values that they accept.
 PositiveInt = typing.Annotated[int, lambda n: n > 0, "a whole number above 0"]
 NonNegativeInt = typing.Annotated[int, lambda n: n >= 0, "a whole number, 0 or above"]
 PositiveFloat = typing.Annotated[float, lambda x: 0 < x < math.inf, "a number above 0"]
@@ -915,26 +892,25 @@ Fraction = typing.Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"
 PathOrName = typing.Annotated[str, lambda path: path != "", "a path"]
 
 
-def check_flags(args) -> None:
-    """Refuses values out of range, and makes paths absolute, so that --resume works from any folder."""
+def check_flags(args):
+    """Refuses values that their types do not accept, and makes paths absolute: --resume works from any folder."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        for kind in (field.type, *typing.get_args(field.type)):  # X, or the X of X | None
-            if value is None or not hasattr(kind, "__metadata__"):
-                continue
-            accepts, expected = kind.__metadata__
-            if not accepts(value):
-                fail(f"--{field.name.replace('_', '-')} {value!r} is not {expected}")
-            if kind == PathOrName:
-                folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
-                file, py, _ = value.partition(".py:")
-                if (folder / (file + py[:3])).exists():  # else it is a hub name
-                    setattr(args, field.name, os.path.abspath(folder / value))
+        kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if hasattr(kind, "__metadata__")]
+        if value is None or not kinds:
+            continue
+        accepts, expected = kinds[0].__metadata__
+        if not accepts(value):
+            fail(f"--{field.name.replace('_', '-')} {value!r} is not {expected}")
+        if kinds[0] == PathOrName:
+            folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
+            if (folder / value.partition(":")[0]).exists():  # else it is a hub name
+                setattr(args, field.name, os.path.abspath(folder / value))
     if args.offload and args.zero_stage == 0:
         fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
 
 
-def parse_args(Args: type):
+def parse_args(Args):
     """The command line as an `Args`. `--resume D` takes D/args.json for defaults and refuses a flag that differs."""
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # added by `deepspeed`
     is_main = os.environ.get("RANK", "0") == "0"
@@ -967,8 +943,7 @@ def parse_args(Args: type):
 
 def start_processes(args) -> Backend:
     """Join the process group, also as the only process."""
-    # A C++ op that only makes CPU collectives faster and takes a minute to compile on first use.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it only speeds up CPUs, and compiles for a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -981,19 +956,18 @@ def start_processes(args) -> Backend:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    names = [field.name for field in dataclasses.fields(Backend)][3:]
-    settings = {name: getattr(args, name) for name in names}  # flags of the same names
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Backend)[3:]}  # flags, too
     return Backend(dist.get_rank(), dist.get_world_size(), device, **settings)
 
 
-def set_seed(*numbers: int) -> None:
+def set_seed(*numbers):
     """Seed torch, numpy and random from several numbers. Each update seeds its own, so no random state is saved."""
     mixed = sum(number * 1_000_003**i for i, number in enumerate(numbers))
     generator = torch.Generator().manual_seed(mixed % 2**63)
     transformers.set_seed(int(torch.randint(2**32, (), generator=generator)))
 
 
-def plan_updates(total_episodes: int, batch_size: int, parts: int) -> tuple[int, int]:
+def plan_updates(total_episodes, batch_size, parts) -> tuple[int, int]:
     """-> (prompts in each of a batch's equal parts, number of updates)."""
     if batch_size % parts:
         fail(f"--batch-size {batch_size} is not divisible by {parts}, the number of ranks (times --num-minibatches)")
@@ -1002,14 +976,14 @@ def plan_updates(total_episodes: int, batch_size: int, parts: int) -> tuple[int,
     return batch_size // parts, total_episodes // batch_size
 
 
-def deal_out(items: list) -> list:
+def deal_out(items) -> list:
     """This rank's share. A few items come twice where they do not divide evenly: ranks must take equal steps."""
     world_size = dist.get_world_size()
     share = math.ceil(len(items) / world_size)
     return [items[i % len(items)] for i in range(dist.get_rank(), share * world_size, world_size)]
 
 
-def gather_rows(rows: list) -> list:
+def gather_rows(rows) -> list:
     """All ranks' lists on every rank; dealt-out items come back in their order, the few that came twice last."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
