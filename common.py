@@ -208,7 +208,7 @@ def response_hidden_states(model, prompts_BP, prompt_mask_BP, responses_BT):
 
 
 class Trainable(nn.Module):
-    """A Hugging Face model as the function that is trained, its forward. `whole` is the same, to decode with and save."""
+    """A Hugging Face model as the function that is trained, its forward. `whole` is the same, to decode and save."""
 
     def __init__(self, model):
         super().__init__()

@@ -148,8 +148,7 @@ def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_c
     last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
     shaped_BT.scatter_add_(1, last_B1, rewards_B[:, None])  # the reward comes with the last token
     advantages_BT = torch.zeros_like(shaped_BT)
-    advantage_B = torch.zeros_like(rewards_B)
-    next_value_B = torch.zeros_like(rewards_B)
+    advantage_B = next_value_B = torch.zeros_like(rewards_B)
     for t in reversed(range(shaped_BT.shape[1])):
         delta_B = shaped_BT[:, t] + gamma * next_value_B - values_BT[:, t]
         advantage_B = delta_B + gamma * gae_lambda * advantage_B  # A_t = Σ_{s≥t} (γλ)^{s−t} δ_s
@@ -166,7 +165,6 @@ def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range
     advantages_BT = advantages_BT.detach().to(logprobs_BT)
     old_logprobs_BT = old_logprobs_BT.detach().to(logprobs_BT)
     mask_BT = mask_BT.to(logprobs_BT)
-
     ratios_BT = ((logprobs_BT - old_logprobs_BT) * mask_BT).exp()
     clipped_BT = ratios_BT.clamp(1 - clip_range, 1 + clip_range)
     objective_BT = torch.min(ratios_BT * advantages_BT, clipped_BT * advantages_BT)  # arXiv 1707.06347, eq. 7
@@ -178,7 +176,6 @@ def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, 
     old_values_BT = old_values_BT.detach()
     returns_BT = returns_BT.detach()
     mask_BT = mask_BT.to(values_BT)
-
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range_value, clip_range_value)
     errors_BT = (values_BT - returns_BT) * mask_BT
     clipped_errors_BT = (clipped_BT - returns_BT) * mask_BT
@@ -239,7 +236,7 @@ def main() -> None:
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt a sampled response of the policy as it is now
+        # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         sampled = common.rollout(policy, batch, num_samples=1, greedy=False)
         mask_BT = sampled.mask_BT
@@ -261,28 +258,25 @@ def main() -> None:
         value_learning_rate = learning_rate * args.value_learning_rate / args.learning_rate  # the same schedule
         losses = []
         value_losses, log_ratios, grad_norms = [], [], []
-        for _ in range(args.num_epochs):
-            for minibatch in torch.randperm(B).split(minibatch_size):
-                tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # real ones, mean over ranks
-                for part, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
-                    rows = minibatch[part].tolist()
-                    mask_MT = mask_BT[rows]
-                    logprobs_MT = common.forward(policy, sampled[rows])
-                    old_logprobs_MT, advantages_MT = logprobs_BT[rows], advantages_BT[rows]
-                    loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
-                    common.backward(policy, loss, is_last)
-                    values_MT = common.forward(value, sampled[rows])
-                    old_values_MT, returns_MT = values_BT[rows], returns_BT[rows]
-                    loss_of_values = value_loss(
-                        values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, tokens
-                    )
-                    common.backward(value, loss_of_values, is_last)
-                    losses.append(loss.detach())
-                    value_losses.append(loss_of_values.detach())
-                    log_ratios.append((logprobs_MT.detach() - old_logprobs_MT)[mask_MT == 1])
-                grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
-                _, value_skipped = common.optimizer_step(value, value_learning_rate)
-                grad_norms.append(grad_norm)
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).split(minibatch_size)]
+        for minibatch in minibatches:
+            tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # mean over ranks
+            for part, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
+                rows = minibatch[part].tolist()
+                mask_MT, old_logprobs_MT, advantages_MT = mask_BT[rows], logprobs_BT[rows], advantages_BT[rows]
+                logprobs_MT = common.forward(policy, sampled[rows])
+                loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
+                common.backward(policy, loss, is_last)
+                losses.append(loss.detach())
+                values_MT = common.forward(value, sampled[rows])
+                old_values_MT, returns_MT = values_BT[rows], returns_BT[rows]
+                loss = value_loss(values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, tokens)
+                common.backward(value, loss, is_last)
+                value_losses.append(loss.detach())
+                log_ratios.append((logprobs_MT.detach() - old_logprobs_MT)[mask_MT == 1])
+            grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+            _, value_skipped = common.optimizer_step(value, value_learning_rate)
+            grad_norms.append(grad_norm)
         grad_norm = sum(grad_norms) / len(grad_norms)
         skipped_updates = policy_skipped + value_skipped
         train_time = time.perf_counter()

@@ -207,7 +207,7 @@ def main() -> None:
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt sampled responses of the policy as it is now
+        # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         sampled = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         mask_BT = sampled.mask_BT

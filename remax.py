@@ -199,7 +199,7 @@ def main() -> None:
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt sampled responses and a greedy one of the policy as it is now, in one decode loop
+        # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=True)
         sampled = responses[:B]  # the sampled rows come first, then the greedy rows

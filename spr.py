@@ -22,11 +22,10 @@ Eight GPUs:  deepspeed spr.py --model M --reward-model R --dataset D --eval-data
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 1024 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, M rows of a micro-batch, T response tokens; P prompts of N responses each. Masks are over
-response tokens, up to and including the first EOS. What does not teach the algorithm is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
+including the first EOS. What does not teach the algorithm is in common.py.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -131,14 +130,14 @@ class Args:
 
 def reference_value(rewards_BN, beta):
     """W(x) = β log Σ_i exp(r_i / β) over a prompt's N responses -> W_B, float64. beta: above 0, in reward units."""
-    if not 0 < beta < math.inf:
+    if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}; expected a finite number above 0")
     return beta * (rewards_BN.detach().double() / beta).logsumexp(1)  # eq. 15: the sum, so that weights add up to 1
 
 
 def sample_weights(rewards_BN, reference_B, beta):
     """exp((r − W) / β) -> weights_BN, float64 (in float32 a β far below the differences of the rewards breaks it)."""
-    if not 0 < beta < math.inf:
+    if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}; expected a finite number above 0")
     return ((rewards_BN.detach().double() - reference_B.detach().double()[:, None]) / beta).exp()  # eq. 13
 
@@ -163,21 +162,14 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
     return -(weights_BT * mask_BT * logprobs_BT / denominator).sum()  # eq. 13, as a loss
 
 
-# ---------------------------------------------------------------- Demonstrations
-
-
 def read_demonstrations(prompts, column, tokenizer, max_length):
     """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
     for prompt in prompts:
         text = common.read_text(prompt.columns, column, prompt.where)
-        ids = common.encode(tokenizer, text, add_special_tokens=False)
-        prompt.demonstration = [*ids, tokenizer.eos_token_id]
-    kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]
-    dropped = len(prompts) - len(kept)  # a response that is cut off would teach not to end
-    print(f"{dropped:,} demonstrations of more than {max_length} tokens dropped with their prompts")
-    if not kept:
-        common.fail(f"every demonstration has more tokens than --response-length {max_length}")
-    return kept
+        prompt.demonstration = [*common.encode(tokenizer, text, add_special_tokens=False), tokenizer.eos_token_id]
+    kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
+    print(f"{len(kept):,} of {len(prompts):,} demonstrations have at most --response-length {max_length} tokens")
+    return kept or common.fail(f"every demonstration has more than --response-length {max_length} tokens")
 
 
 # ---------------------------------------------------------------- Training
@@ -199,14 +191,13 @@ def main() -> None:
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
 
-    def score(responses):  # the reward model is in memory for this moment only
-        return common.Reward(args.reward_model, None, args.missing_eos_penalty, backend)(responses)
+    def load_reward():
+        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend)
 
     rewards = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        rewards["reward"] = score
-        if args.reward_function:
-            rewards["reward"] = common.Reward(None, args.reward_function, args.missing_eos_penalty, backend)
+        load_reward()  # fails now, not after the first rollout
+        rewards["reward"] = lambda responses: load_reward()(responses)  # it is in memory for this moment only
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
 
@@ -221,7 +212,8 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     has_demonstrations = prompts[0].demonstration is not None
     N = args.num_samples + has_demonstrations
-    if N == 0:
+    B = P * N
+    if B == 0:
         common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
 
     def evaluate(policy):
@@ -239,16 +231,16 @@ def main() -> None:
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
-        # 3. Rollout: to each prompt N responses of the policy as it is now, its demonstration among them if it has one
+        # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         responses = common.rollout(policy, batch, args.num_samples, greedy=False, demonstrations=has_demonstrations)
         mask_BT = responses.mask_BT
         rollout_time = time.perf_counter()
 
-        # 4. Score, and turn rewards into weights
+        # 4. Score
         scores = {name: reward(responses) for name, reward in rewards.items()}
-        rewards_PN = scores.get("reward", torch.zeros(P * N, device=backend.device)).view(P, N)
-        weights_PN = weights_of(rewards_PN, args.weighting, args.beta)
+        rewards_PN = scores.get("reward", torch.zeros(B, device=backend.device)).view(P, N)
+        weights_PN = weights_of(rewards_PN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_PN.flatten()
         columns = {name: x_B.tolist() for name, x_B in (scores | dict(weight=weights_B)).items()}
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns))
@@ -256,27 +248,26 @@ def main() -> None:
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule
         common.reset_optimizer(policy)
-        steps = args.num_epochs * args.num_minibatches
         losses = []
         grad_norms = []
-        for _ in range(args.num_epochs):
-            for minibatch in torch.randperm(P).split(minibatch_size):
-                rows_B = (minibatch[:, None] * N + torch.arange(N)).flatten()
-                # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
-                order = weights_B[rows_B].argsort(descending=True, stable=True).tolist()
-                kept = max(common.gather_rows([int((weights_B[rows_B] > 0).sum())]))
-                rows_B = rows_B[order[:kept]]
-                for part, is_last in common.micro_batches(mask_BT[rows_B].sum(1), args.micro_batch_size):
-                    rows = rows_B[part].tolist()
-                    logprobs_MT = common.forward(policy, responses[rows])
-                    loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
-                    common.backward(policy, loss, is_last)
-                    losses.append(loss.detach())
-                step = len(grad_norms) + 1
-                learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, steps)
-                grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
-                grad_norms.append(grad_norm)
-        grad_norm = sum(grad_norms) / steps
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(P).split(minibatch_size)]
+        for step, minibatch in enumerate(minibatches, start=1):
+            rows_B = (minibatch[:, None] * N + torch.arange(N)).flatten()
+            # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
+            order = weights_B[rows_B].argsort(descending=True, stable=True).tolist()
+            kept = max(common.gather_rows([int((weights_B[rows_B] > 0).sum())]))
+            rows_B = rows_B[order[:kept]]
+            for part, is_last in common.micro_batches(mask_BT[rows_B].sum(1), args.micro_batch_size):
+                rows = rows_B[part].tolist()
+                logprobs_MT = common.forward(policy, responses[rows])
+                loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
+                common.backward(policy, loss, is_last)
+                losses.append(loss.detach())
+            schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
+            learning_rate = common.scheduled(args.learning_rate, *schedule)
+            grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
+            grad_norms.append(grad_norm)
+        grad_norm = sum(grad_norms) / len(grad_norms)
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
@@ -284,7 +275,7 @@ def main() -> None:
             weight_ess=1 / weights_PN.square().sum(1),
             response_length=mask_BT.sum(1),
             truncated_fraction=~responses.ended_B,
-            loss=torch.stack(losses).sum() / steps,
+            loss=torch.stack(losses).sum() / len(grad_norms),
         )
         if "reward" in scores:
             means |= dict(best_reward=rewards_PN.amax(1), weighted_reward=(weights_PN * rewards_PN).sum(1))
@@ -294,7 +285,7 @@ def main() -> None:
             seconds_rollout=rollout_time - start_time,
             seconds_score=score_time - rollout_time,
             seconds_train=train_time - score_time,
-            tokens_per_second=metrics["response_length"] * P * N * backend.world_size / (train_time - start_time),
+            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
         )
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
