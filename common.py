@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no GPU
 import deepspeed  # noqa: E402
 import transformers  # noqa: E402
+from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -122,6 +123,30 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
     return Responses(row_prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache with room for the response: a new token does not copy the earlier ones."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if start == 0:
+            self.lazy_initialization(keys, values)
+            self.buffers = [F.pad(new, (0, 0, 0, self.room)) for new in (keys, values)]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows_N):
+        end = self.get_seq_length()
+        self.buffers = [buffer.index_select(0, rows_N) for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
 @torch.no_grad()
 def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sampling, num_samples, greedy):
     """-> tokens_RT: `num_samples` sampled rows per prompt (adjacent), then, if `greedy`, a greedy row per prompt.
@@ -137,6 +162,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
     # Prompts go through the model once; then each row takes its own copy of its prompt's cache.
     cache = transformers.DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(T) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     positions_BP = (prompt_mask_BP.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
     logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
