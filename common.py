@@ -119,7 +119,7 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in row_prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     ended_B = torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=policy.device)
-    texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = decode(policy.tokenizer, tokens)
     return Responses(row_prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
@@ -166,8 +166,6 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     positions_BP = (prompt_mask_BP.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=prompts_BP, attention_mask=prompt_mask_BP, position_ids=positions_BP, logits_to_keep=1)
     logits_NV = model(**inputs, past_key_values=cache, use_cache=True).logits[index_R, -1]
-    if not logits_NV.amax(-1).isfinite().all():
-        fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
     cache.reorder_cache(index_R)
     mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, T)], 1)
     next_position_N1 = positions_BP[index_R, -1:] + 1
@@ -176,6 +174,8 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     rows_N = torch.arange(R, device=device)  # the N rows that have not ended; only they go through the model
     tokens_RT = torch.empty(R, T, dtype=torch.long, device=device)
     for t in range(T):
+        if not logits_NV.amax(-1).isfinite().all():
+            fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:S] = sample(logits_NV[:S].float() / sampling.temperature)
         tokens_RT[rows_N, t:] = token_N[:, None]  # after an EOS it is repeated
@@ -206,6 +206,14 @@ def response_mask(tokens_BT, eos_ids: list[int]):
     """-> mask_BT, 1 up to and including the first EOS of any kind. Pad ids play no part."""
     is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device)).long()
     return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
+
+
+def decode(tokenizer, tokens: list[list[int]]) -> list[str]:
+    """Texts of responses as they stand after a prompt: alone, some tokenizers drop their leading space."""
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = len(tokenizer.decode(anchor))
+    texts = tokenizer.batch_decode([anchor + row for row in tokens], skip_special_tokens=True)
+    return [text[start:] for text in texts]
 
 
 def pad(rows: list[list[int]], side, device: torch.device):
@@ -268,13 +276,20 @@ class ResponseLogprobs(Trainable):
             return -F.cross_entropy(head(hidden_ND).float() / self.sampling.temperature, tokens_N, reduction="none")
 
         # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive, and backward computes them again.
-        size = max(1, 2**25 // self.model.config.vocab_size)
+        size = max(1, 2**25 // self.model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_ND.split(size), responses_BT.flatten().split(size)))
         if torch.is_grad_enabled() and len(chunks) > 1:
             parts = [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
         else:
             parts = [logprobs(*chunk) for chunk in chunks]
         return torch.cat(parts).view_as(responses_BT)
+
+
+class ScalarHead(nn.Linear):
+    """The head of a reward or value model, in float32: in bfloat16 a score of 5 has steps of 1/32."""
+
+    def forward(self, hidden_BD):
+        return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
 
 
 class ResponseValues(Trainable):
@@ -284,7 +299,7 @@ class ResponseValues(Trainable):
         """-> values_BT, float32."""
         hidden_BTD = response_hidden_states(self.model, prompts_BP, prompt_mask_BP, responses_BT)
         mean = getattr(self.model.config, "reward_mean", 0.0)
-        return self.model.score(hidden_BTD).squeeze(-1).float() - mean
+        return self.model.score(hidden_BTD) - mean
 
 
 def forward(module, responses: Responses):
@@ -325,7 +340,7 @@ class LastTokenScore(Trainable):
         hidden_BLD = hidden_states(self.model, ids_BL, mask_BL)
         rows_B = torch.arange(len(ids_BL), device=ids_BL.device)
         last_BD = hidden_BLD[rows_B, mask_BL.sum(1) - 1]
-        return self.model.score(last_BD).squeeze(-1).float()
+        return self.model.score(last_BD)
 
 
 def reward_model_ids(tokenizer, prompt, response, max_length) -> list[int]:
@@ -346,7 +361,7 @@ class Reward:
         self.function = function_from_file(function) if function else self.scores
         if not function:
             classifier, self.tokenizer = load_classifier(model, backend)
-            self.max_length = getattr(classifier.config, "max_position_embeddings", sys.maxsize)
+            self.max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
             self.mean = getattr(classifier.config, "reward_mean", 0.0)
             self.scorer = freeze(LastTokenScore(classifier), backend)
 
@@ -439,7 +454,7 @@ def load_tokenizer(path):
 
 
 def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False, **kwargs):
-    """A model from safetensors, without dropout, that fits its tokenizer and texts of `max_length` tokens."""
+    """A model from safetensors, without noise, that fits its tokenizer and texts of `max_length` tokens."""
     kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
     kwargs |= dict(use_safetensors=True, trust_remote_code=False)
     with fails_with(f"{path}: no model could be loaded"):
@@ -451,12 +466,14 @@ def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False,
     embeddings = model.get_input_embeddings().num_embeddings
     if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
     if max_length > positions:
         fail(f"--max-prompt-length + --response-length, {max_length}, is more than the {positions} positions of {path}")
     for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
+            is_noise = "drop" in name or "jitter" in name or isinstance(module, nn.Dropout) and name == "p"
+            if isinstance(value, float) and is_noise:
                 setattr(module, name, 0.0)
     return model
 
@@ -467,19 +484,35 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> ResponseLogprob
     model = load_model(path, transformers.AutoModelForCausalLM, tokenizer, max_length, backend)
     policy = ResponseLogprobs(model, tokenizer, sampling, backend.device)
     model.set_attn_implementation("eager")  # flash attention does not run on a CPU
-    prompts_BP = torch.tensor([[0, 1]])
-    responses_BT = torch.tensor([[2, 3]])
-    with torch.no_grad():
-        logits_TV = policy.whole(torch.tensor([[0, 1, 2]])).logits[0, 1:]
-        expected_T = -F.cross_entropy(logits_TV.float() / sampling.temperature, responses_BT[0], reduction="none")
-        logprobs_BT = policy(prompts_BP, torch.ones_like(prompts_BP), responses_BT)
-    if expected_T.isnan().any():
-        fail(f"{path}: has weights that are not finite")
-    if not torch.allclose(expected_T, logprobs_BT[0], atol=0.1):
-        fault = "is not causal, or changes its logits after the output embedding"
-        fail(f"{path}: a {type(model).__name__} {fault}, which is not supported")
+    with fails_with(f"{path}: a {type(model).__name__} is not supported"):
+        check_policy(policy)
     model.set_attn_implementation(backend.attention)
     return policy
+
+
+@torch.no_grad()
+def check_policy(policy):
+    """Log-probabilities, as they are trained and as they are decoded, must be those of a plain forward of the model."""
+    prompts_BP = torch.tensor([[0] * 6 + [0, 1]])  # left-padded
+    responses_BT = torch.tensor([[2, 3]])
+    mask_BL = (torch.arange(9) >= 6).long()[None]
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+    plain_TV = policy.whole(torch.tensor([[0, 1, 2]])).logits[0, 1:].float() / policy.sampling.temperature
+    plain_T = plain_TV.log_softmax(-1)[[0, 1], [2, 3]]
+    if plain_T.isnan().any():
+        raise ValueError("its weights are not finite")
+    if policy.model.base_model is policy.model:
+        raise ValueError("it has no backbone below its head")
+    trained_BT = policy(prompts_BP, mask_BL[:, :8], responses_BT)  # in training mode
+    if not torch.allclose(trained_BT[0], plain_T, atol=0.1):
+        raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
+    cached = dict(past_key_values=transformers.DynamicCache(config=policy.model.config), use_cache=True)
+    policy.whole(prompts_BP, attention_mask=mask_BL[:, :8], position_ids=positions_BL[:, :8], **cached)
+    cached["past_key_values"].reorder_cache(torch.tensor([0]))
+    step = policy.whole(responses_BT[:, :1], attention_mask=mask_BL, position_ids=positions_BL[:, 8:], **cached)
+    decoded_V = (step.logits[0, -1].float() / policy.sampling.temperature).log_softmax(-1)
+    if not torch.allclose(decoded_V[3], plain_T[1], atol=0.1):
+        raise ValueError("it minds padding when it decodes with a cache")
 
 
 def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
@@ -491,6 +524,7 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     model = load_model(path, auto_class, tokenizer, max_length, backend, new_head, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
         fail(f"{path}: {type(model).__name__} has no linear head `score` with one output, so it is no reward model")
+    model.score.__class__ = ScalarHead  # the weights stay the same
     if model.config.pad_token_id is None:  # transformers takes batches only with one
         model.config.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -722,7 +756,18 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
 def encode(tokenizer, text, **kwargs) -> list[int]:
     """The ids of a text, with one BOS at the most: a text that a template has written may begin with its own."""
     ids = tokenizer(text, **kwargs)["input_ids"]
+    if max(ids, default=0) >= tokenizer.num_embeddings:
+        fail(f"{tokenizer.name_or_path}: has no embedding of {tokenizer.decode([max(ids)])!r}, which a text contains")
     return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
+
+
+def encode_response(tokenizer, text) -> list[int]:
+    """The ids of a text as it stands after a prompt: alone, some tokenizers begin it with a space."""
+    ids = encode(tokenizer, text, add_special_tokens=False)
+    if decode(tokenizer, [ids]) == [text]:
+        return ids
+    anchor = encode(tokenizer, "\n", add_special_tokens=False)
+    return encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:
@@ -773,6 +818,8 @@ class Run:
 
     def __init__(self, args, script, num_updates, *engines):
         name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
+        while not args.output_dir and Path(name[0]).exists():  # another run of this second
+            name[0] += "x"
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
         self.folder = Path(name[0]).absolute()
         self.engines, self.is_main, self.signals = engines, dist.get_rank() == 0, []
@@ -889,8 +936,8 @@ class Run:
 
 
 def fail(message, status=2) -> typing.NoReturn:
-    """End with one line on standard error. Status 2 is bad input, which every rank sees; rank 0 reports it."""
-    if status != 2 or os.environ.get("RANK", "0") == "0":
+    """End with one line on standard error. Status 2 is bad input, which all ranks of a node see; one reports it."""
+    if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -932,6 +979,8 @@ def check_flags(args):
             folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
             if (folder / value.partition(":")[0]).exists():  # else it is a hub name
                 setattr(args, field.name, os.path.abspath(folder / value))
+    if args.attention == "flash_attention_2" and args.dtype == "float32":
+        fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
     if args.offload and args.zero_stage == 0:
         fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
 

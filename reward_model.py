@@ -221,7 +221,7 @@ def main() -> None:
     # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
         return load_pairs(path, args.dataset_split, columns, tokenizer, args.max_prompt_length, positions)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)

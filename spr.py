@@ -166,7 +166,7 @@ def read_demonstrations(prompts, column, tokenizer, max_length):
     """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
     for prompt in prompts:
         text = common.read_text(prompt.columns, column, prompt.where)
-        prompt.demonstration = [*common.encode(tokenizer, text, add_special_tokens=False), tokenizer.eos_token_id]
+        prompt.demonstration = [*common.encode_response(tokenizer, text), tokenizer.eos_token_id]
     kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
     print(f"{len(kept):,} of {len(prompts):,} demonstrations have at most --response-length {max_length} tokens")
     return kept or common.fail(f"every demonstration has more than --response-length {max_length} tokens")
