@@ -314,8 +314,8 @@ def main() -> None:
         run.stop_if_asked(update)
 
     # 7. Save, and check that what was saved is what was trained
-    probe = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    inputs = (probe.prompts_BP, probe.prompt_mask_BP, probe.tokens_BT)
+    response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
+    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
     run.finish("policy")
 
