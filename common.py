@@ -1,10 +1,11 @@
-"""What the scripts share. Nothing here knows an algorithm, and no function reads a global: copy what you need.
+"""Code that the scripts share. Nothing here knows an algorithm, and functions share no state: copy what you need.
 
 About reinforcement learning: 1 rollout · 2 log-probabilities and values · 3 rewards · 4 evaluation.
 About everything else: 5 models and DeepSpeed · 6 data · 7 the run · 8 flags, errors and processes.
 
 Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
-D width, R all rows of a rollout. Logits at position t predict token t + 1. A response mask is 1 up to the first EOS.
+D width, R all rows of a rollout, N any number. Logits at position t predict token t + 1. A response mask is 1 up to
+and including the first EOS.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclasses.dataclass
 class Prompt:
-    """A prompt as rewards see it, whole; as the policy sees it, cut; and the other columns of its row."""
+    """A prompt: its whole text for rewards, its cut ids for the policy, and the other columns of its row."""
 
     text: str
     ids: list[int]
@@ -114,7 +115,7 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
         for i in reversed(range(len(prompts))):
             sampled.insert((i + 1) * num_samples, prompts[i].demonstration)
     row_prompts = [prompt for prompt in prompts for _ in range(num_samples + demonstrations)]
-    row_prompts += prompts * greedy
+    row_prompts += prompts if greedy else []
     tokens = sampled + greedy_rows
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in row_prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
@@ -156,7 +157,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     Sampling is from softmax(logits / temperature), without top-k or top-p: what is sampled is what is scored.
     """
     device, (B, P) = prompts_BP.device, prompts_BP.shape
-    index_R = torch.arange(B, device=device).repeat_interleave(num_samples)  # the prompt of each row
+    index_R = torch.arange(B, device=device).repeat_interleave(num_samples)  # row -> its prompt
     S = len(index_R)  # the first S rows are sampled
     if greedy:
         index_R = torch.cat([index_R, torch.arange(B, device=device)])
@@ -180,7 +181,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:S] = sample(logits_NV[:S].float() / sampling.temperature)
-        tokens_RT[rows_N, t:] = token_N[:, None]  # after an EOS it is repeated
+        tokens_RT[rows_N, t:] = token_N[:, None]  # a row that ends here keeps its EOS to the end
         going_N = ~torch.isin(token_N, eos_E)
         going = int(going_N.sum())
         if going == 0 or t + 1 == T:
@@ -211,7 +212,7 @@ def response_mask(tokens_BT, eos_ids: list[int]):
 
 
 def decode(tokenizer, tokens: list[list[int]]) -> list[str]:
-    """Texts of responses as they stand after a prompt: alone, some tokenizers drop their leading space."""
+    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = len(tokenizer.decode(anchor))
     texts = tokenizer.batch_decode([anchor + row for row in tokens], skip_special_tokens=True)
@@ -231,7 +232,7 @@ def pad(rows: list[list[int]], side, device: torch.device):
 
 def hidden_states(model, ids_BL, mask_BL):
     """-> hidden_BLD, the input of the model's heads."""
-    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)  # of real tokens: learned positions must not count padding
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)  # learned position embeddings must not count padding
     inputs = dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False)
     return model.base_model(**inputs).last_hidden_state
 
@@ -243,8 +244,8 @@ def response_hidden_states(model, prompts_BP, prompt_mask_BP, responses_BT):
     return hidden_states(model, ids_BL, mask_BL)[:, prompts_BP.shape[1] - 1 : -1]
 
 
-class Trainable(nn.Module):
-    """A Hugging Face model as the function that is trained, its forward. `whole` is the same, to decode and save."""
+class ModelFunction(nn.Module):
+    """A Hugging Face model whose forward is one function. `whole` shares its weights; it decodes and is saved."""
 
     def __init__(self, model):
         super().__init__()
@@ -255,7 +256,7 @@ class Trainable(nn.Module):
         self.model = model.train()  # gradient checkpointing works in training mode only; dropout is 0
 
 
-class ResponseLogprobs(Trainable):
+class ResponseLogprobs(ModelFunction):
     """A causal language model as the log-probabilities of response tokens: policy and reference alike."""
 
     def __init__(self, model, tokenizer, sampling: Sampling, device):
@@ -294,33 +295,32 @@ class ScalarHead(nn.Linear):
         return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
 
 
-class ResponseValues(Trainable):
-    """A sequence classification model as a value of each response token: its head where the token is predicted."""
+class ResponseValues(ModelFunction):
+    """A sequence classification model: its head gives the value of the state before each response token."""
 
     def forward(self, prompts_BP, prompt_mask_BP, responses_BT):
         """-> values_BT, float32."""
         hidden_BTD = response_hidden_states(self.model, prompts_BP, prompt_mask_BP, responses_BT)
-        mean = getattr(self.model.config, "reward_mean", 0.0)
-        return self.model.score(hidden_BTD) - mean
+        return self.model.score(hidden_BTD) - getattr(self.model.config, "reward_mean", 0.0)
 
 
 def forward(module, responses: Responses):
-    """Log-probabilities or values of a micro-batch's response tokens -> (B, T), 0 after its longest response."""
+    """Log-probabilities or values of a micro-batch's response tokens -> outputs_BT; mask them before use."""
     width = responses.mask_BT.sum(1).max()
     dist.all_reduce(width, op=dist.ReduceOp.MAX)  # under ZeRO-3 ranks must take equal steps, chunks of logits included
-    missing = int(width) - responses.tokens_BT.shape[1]  # mostly below 0, where padding cuts
+    missing = int(width) - responses.tokens_BT.shape[1]  # mostly negative: then F.pad cuts
     tokens_BT = F.pad(responses.tokens_BT, (0, missing))
-    values_BT = module(responses.prompts_BP, responses.prompt_mask_BP, tokens_BT)
-    return F.pad(values_BT, (0, -missing))
+    outputs_BT = module(responses.prompts_BP, responses.prompt_mask_BP, tokens_BT)
+    return F.pad(outputs_BT, (0, -missing))
 
 
 @torch.no_grad()
 def forward_all(module, responses: Responses, micro_batch_size):
     """`forward` of all rows, without gradients, by micro-batches -> (B, T)."""
-    values_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
+    outputs_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
     for rows, _ in micro_batches(responses.mask_BT.sum(1), micro_batch_size):
-        values_BT[rows] = forward(module, responses[rows])
-    return values_BT
+        outputs_BT[rows] = forward(module, responses[rows])
+    return outputs_BT
 
 
 def micro_batches(lengths_B, size):
@@ -334,19 +334,18 @@ def micro_batches(lengths_B, size):
 # ---------------------------------------------------------------- 3. Rewards
 
 
-class LastTokenScore(Trainable):
+class LastTokenScore(ModelFunction):
     """A reward model as a function of right-padded token ids: its scalar head at the last real token."""
 
     def forward(self, ids_BL, mask_BL):
         """-> scores_B, float32. The mask finds the last real token: transformers' own rule misses it if pad = EOS."""
         hidden_BLD = hidden_states(self.model, ids_BL, mask_BL)
         rows_B = torch.arange(len(ids_BL), device=ids_BL.device)
-        last_BD = hidden_BLD[rows_B, mask_BL.sum(1) - 1]
-        return self.model.score(last_BD)
+        return self.model.score(hidden_BLD[rows_B, mask_BL.sum(1) - 1])
 
 
 def reward_model_ids(tokenizer, prompt, response, max_length) -> list[int]:
-    """What a reward model reads in training and scoring: prompt + response as one text, then EOS; cut on the left."""
+    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left."""
     ids = encode(tokenizer, prompt + response)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
@@ -354,7 +353,7 @@ def reward_model_ids(tokenizer, prompt, response, max_length) -> list[int]:
 
 
 class Reward:
-    """A reward of responses, by a function of texts from a file or by a reward model, less a penalty without EOS."""
+    """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty."""
 
     def __init__(self, model, function, missing_eos_penalty, backend):
         self.name = function or model
@@ -369,7 +368,7 @@ class Reward:
 
     @torch.no_grad()
     def scores(self, prompts: list[str], responses: list[str], **columns) -> list[float]:
-        """The reward model's scores of texts; so its tokenizer may be any."""
+        """The reward model's scores; it reads texts, so it may have any tokenizer."""
         ids = [reward_model_ids(self.tokenizer, *texts, self.max_length) for texts in zip(prompts, responses)]
         lengths_B = torch.tensor([len(row) for row in ids])
         scores_B = torch.empty(len(ids), device=self.backend.device)
@@ -421,12 +420,12 @@ def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size
 
 
 def evaluation_metrics(rows: list[dict], other_rows: list[dict]) -> dict[str, float]:
-    """Means of the rows, and how often their reward beats that of the others' rows for the same prompt."""
+    """Means of the rows, and how often a row's reward beats that of the other row for the same prompt."""
     names = [name for name, value in rows[0].items() if not isinstance(value, str)]
     metrics = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
     if "reward" in names:
         margins = [row["reward"] - other["reward"] for row, other in zip(rows, other_rows)]
-        wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts ½
+        wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts 1, a win 2
         metrics["eval_win_rate"] = sum(wins) / len(wins) / 2
     return metrics
 
@@ -495,7 +494,6 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> ResponseLogprob
 @torch.no_grad()
 def check_policy(policy):
     """Left-padded, in training mode and decoded with a cache, the model must agree with its plain forward."""
-    temperature = policy.sampling.temperature
     tolerance = 1e-3 if policy.whole.dtype == torch.float32 else 0.1  # nats
     if policy.model.base_model is policy.model:
         raise ValueError("it has no backbone below its head")
@@ -503,10 +501,10 @@ def check_policy(policy):
         raise ValueError("its weights are not finite")
     prompts_BP = torch.tensor([[0] * 6 + [0, 1]])
     mask_BP = (torch.arange(8) >= 6).long()[None]
-    sampling = Sampling(max_prompt_length=8, response_length=8, temperature=temperature, batch_size=1)
+    sampling = dataclasses.replace(policy.sampling, response_length=8)
     greedy_BT = generate(policy.whole, prompts_BP, mask_BP, [], sampling, num_samples=0, greedy=True)
     text_BL = torch.cat([prompts_BP[:, 6:], greedy_BT], 1)
-    plain_BTV = (policy.whole(text_BL).logits[:, 1:-1].float() / temperature).log_softmax(-1)
+    plain_BTV = (policy.whole(text_BL).logits[:, 1:-1].float() / sampling.temperature).log_softmax(-1)
     plain_BT = plain_BTV.gather(-1, greedy_BT[..., None]).squeeze(-1)
     if not torch.allclose(policy(prompts_BP, mask_BP, greedy_BT), plain_BT, atol=tolerance):
         raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
@@ -618,12 +616,12 @@ def optimizer_step(engine, learning_rate) -> tuple[float, int]:
     return norm.item(), engine.skipped_steps
 
 
-def scheduled(peak, schedule, warmup_ratio, update, num_updates) -> float:
-    """The learning rate of an update (1 … num_updates): linear warm-up, then constant, or down to 0."""
-    warmup = math.ceil(warmup_ratio * num_updates)
-    if update <= warmup:
-        return peak * update / warmup
-    done = (update - 1 - warmup) / (num_updates - warmup)
+def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
+    """The learning rate of a step (1 … num_steps): linear warm-up, then constant, or down towards 0."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - 1 - warmup) / (num_steps - warmup)
     if schedule == "constant":
         return peak
     return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
@@ -822,11 +820,11 @@ class Run:
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
         self.folder = Path(name[0]).absolute()
         self.engines, self.is_main, self.signals = engines, dist.get_rank() == 0, []
-        self.checkpointed = 0
+        self.last_checkpoint = 0
         if args.resume:
             with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
-                self.checkpointed = int((self.folder / "checkpoint" / "latest").read_text())
-            folder = self.folder / "checkpoint" / f"update-{self.checkpointed}"
+                self.last_checkpoint = int((self.folder / "checkpoint" / "latest").read_text())
+            folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
             for i, engine in enumerate(engines):
                 with fails_with(f"--resume {self.folder}: {folder} could not be read"):
                     if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
@@ -840,10 +838,10 @@ class Run:
                 saved = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
                 write_whole(self.folder / "args.json", json.dumps(saved, indent=2) + "\n")
                 for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-                    kept = [row for row in read_rows(path) if row["update"] <= self.checkpointed]
+                    kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
                     write_whole(path, json_lines(kept))  # nothing after the checkpoint
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.checkpointed + 1)
-        self.bar = tqdm(total=num_updates, initial=self.checkpointed, unit="update", disable=not self.is_main)
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
+        self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
         self.skipped = sum(engine.skipped_steps for engine in engines)
         self.faults = []  # the updates in a row that have skipped a step
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -883,11 +881,11 @@ class Run:
             reward = f"  [{row['reward']:6.2f}]" if scored else " "
             tqdm.write(f"{reward} {row['prompt'][-120:]} ▸{row['response'][:400]}")
 
-    def write_rows(self, name, rows: list[dict]):
-        """All ranks' rows to a file of their own."""
-        rows = gather_rows(rows)
+    def write_rows(self, name, rows: list[dict], size):
+        """All ranks' rows to a file of their own, in groups of `size` that stay together."""
+        groups = gather_rows([rows[i : i + size] for i in range(0, len(rows), size)])
         if self.is_main:
-            write_whole(self.folder / name, json_lines(rows))
+            write_whole(self.folder / name, json_lines([row for group in groups for row in group]))
 
     def save_checkpoint(self, update):
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
@@ -911,7 +909,7 @@ class Run:
             raise SystemExit(128 + number)
 
     def finish(self, model):
-        """The console's last lines: what was learned, where it is, how to look at it."""
+        """The console's last lines: first and last evaluation, and where the files are."""
         self.close()
         if not self.is_main:
             return

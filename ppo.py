@@ -5,12 +5,12 @@ value model V; then the policy takes several steps on the same responses, each o
 
     mean over tokens of  min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t),   ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)
 
-(Schulman et al. 2017, arXiv 1707.06347, eq. 7). A_t is GAE(γ, λ) of the rewards r(x, y), at the last token, less the KL
-penalty of each token (Schulman et al. 2016, arXiv 1506.02438, eq. 16), whitened over the tokens of the global batch.
+(Schulman et al. 2017, arXiv 1707.06347, eq. 7). A_t is GAE(γ, λ) of each token's reward: minus its KL penalty, plus
+r(x, y) at the last token (Schulman et al. 2016, arXiv 1506.02438, eq. 16); whitened over all tokens of the batch.
 
-What PPO has and ReMax has not, and what it costs:
+PPO has these parts, which ReMax does without:
 - a value model, its optimizer, GAE: a second model to train and to keep in memory, with flags of its own;
-- importance ratios, clipping, old log-probabilities: the policy moves away from the one that has sampled;
+- importance ratios, clipping, old log-probabilities: they correct for the steps since the responses were sampled;
 - epochs, minibatches, whitened advantages: several steps for one rollout, and more flags to tune.
 
 One CPU:     python ppo.py
@@ -23,7 +23,7 @@ Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-data
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. What does not teach the algorithm is in common.py.
+including the first EOS. The rest is in common.py.
 """
 
 import time
@@ -62,17 +62,17 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for never."""
+    """Updates between evaluations, which also come first and last; 0 for none while training."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
     """Prompt tokens; longer prompts lose their beginning."""
     response_length: PositiveInt = 48
-    """Most tokens of a response."""
+    """Maximum number of tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt = 128
-    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not what is learned."""
+    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not the distribution."""
 
     # Reward
     reward_model: PathOrName = "examples/reviews/reward_model"
@@ -94,11 +94,11 @@ class Args:
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
     warmup_ratio: Fraction = 0.05
-    """Share of the updates in which the learning rate rises from 0."""
+    """Share of the schedule's steps in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
+    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -106,7 +106,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
     gradient_checkpointing: bool = False
@@ -116,13 +116,13 @@ class Args:
 
     # PPO
     num_epochs: PositiveInt = 4
-    """Passes over each rollout."""
+    """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 1
-    """Optimizer steps per pass; the rows of a rank are dealt out to them."""
+    """Optimizer steps per pass; each takes an equal share of the prompts."""
     clip_range: PositiveFloat = 0.2
-    """How far an importance ratio may leave 1 before it stops to count."""
+    """How far an importance ratio may leave 1 before moving further earns nothing."""
     clip_range_value: PositiveFloat = 0.2
-    """How far a value may move from that at rollout time before it stops to count, in reward units."""
+    """How far a value may move from its value at rollout time before its loss stops falling, in reward units."""
     gae_lambda: Fraction = 0.95
     """Decay of generalized advantage estimation per token; 1 trusts the rewards, 0 the value model."""
     value_learning_rate: PositiveFloat = 1e-3
@@ -196,15 +196,15 @@ def whiten(advantages_BT, mask_BT):
 def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
-    parts = backend.world_size * args.num_minibatches
-    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, parts)
+    shares = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     B = minibatch_size * args.num_minibatches  # rows on this rank
 
-    # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
+    # 1. Models: the policy in training, the frozen reference (the policy before training), and the reward
     tokenizer = common.load_tokenizer(args.model)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):
+    def load_policy(path, backend):  # the check in section 7 has a backend of its own
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
@@ -227,12 +227,12 @@ def main() -> None:
 
     run = common.Run(args, __file__, num_updates, policy, value)
     if eval_prompts:
-        initial_rows = evaluate(reference)
-        if run.checkpointed == 0:
+        initial_rows = evaluate(reference)  # the win rate compares with these
+        if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
 
-    for update in range(run.checkpointed + 1, num_updates + 1):
+    for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
@@ -258,11 +258,11 @@ def main() -> None:
         value_learning_rate = learning_rate * args.value_learning_rate / args.learning_rate  # the same schedule
         losses = []
         value_losses, log_ratios, grad_norms = [], [], []
-        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).split(minibatch_size)]
+        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).split(minibatch_size)]
         for minibatch in minibatches:
-            tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # mean over ranks
-            for part, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
-                rows = minibatch[part].tolist()
+            tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # the engine averages over ranks
+            for positions, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
+                rows = minibatch[positions].tolist()
                 mask_MT, old_logprobs_MT, advantages_MT = mask_BT[rows], logprobs_BT[rows], advantages_BT[rows]
                 logprobs_MT = common.forward(policy, sampled[rows])
                 loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
@@ -286,7 +286,7 @@ def main() -> None:
         means = dict(
             reward=rewards_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
-            entropy=-logprobs_BT[mask_BT == 1],
+            entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
             loss=torch.stack(losses).sum() / len(grad_norms),
@@ -313,7 +313,7 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that what was saved is what was trained
+    # 7. Save, and check that the saved model gives the same outputs
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)

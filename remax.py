@@ -4,16 +4,16 @@ To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. 
 
     gradient  =  mean over prompts of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
-R_t is the reward r(x, y) of the whole response less the KL penalties of token t and of those after it. The baseline
-does not depend on the sampled tokens, so the gradient stays unbiased. Where it is near the expected reward, the
-gradient is less noisy than REINFORCE's. With --num-samples N the prompt has N sampled responses and one baseline.
+R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). The baseline
+does not depend on y, so the gradient stays unbiased. Where the baseline is near the expected reward, the gradient is
+less noisy than REINFORCE's. With --num-samples N each prompt has N sampled responses, which share the baseline.
 
-What PPO has and this script has not, and why it may be left out here:
+This script does without these parts of PPO:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
-  and the reward comes once, at the end, so one more response tells what to expect, without a second model;
-- importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that is
-  differentiated is the one that has sampled;
-- epochs, minibatches, whitened advantages: likewise one step, on the rewards as they are.
+  and the reward comes once, at the end, so the reward of one more response can stand in for a learned value;
+- importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that takes
+  the step is the one that sampled;
+- epochs, minibatches, whitened advantages: there is one step per rollout, and advantages stay in reward units.
 
 One CPU:     python remax.py
 One GPU:     python remax.py --model M --reward-model R --dataset D --eval-dataset E --learning-rate 1e-6 \
@@ -23,7 +23,7 @@ Eight GPUs:  deepspeed remax.py --model M --reward-model R --dataset D --eval-da
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. What does not teach the algorithm is in common.py.
+including the first EOS. The rest is in common.py.
 """
 
 import time
@@ -62,17 +62,17 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for never."""
+    """Updates between evaluations, which also come first and last; 0 for none while training."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
     """Prompt tokens; longer prompts lose their beginning."""
     response_length: PositiveInt = 48
-    """Most tokens of a response."""
+    """Maximum number of tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt = 128
-    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not what is learned."""
+    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not the distribution."""
 
     # Reward
     reward_model: PathOrName = "examples/reviews/reward_model"
@@ -94,11 +94,11 @@ class Args:
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
     warmup_ratio: Fraction = 0.05
-    """Share of the updates in which the learning rate rises from 0."""
+    """Share of the schedule's steps in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
+    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -106,7 +106,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
     gradient_checkpointing: bool = False
@@ -116,7 +116,7 @@ class Args:
 
     # ReMax
     num_samples: PositiveInt = 1
-    """Sampled responses per prompt; the rows of an update are --batch-size times this."""
+    """Sampled responses per prompt; an update samples --batch-size times this."""
 
 
 # ---------------------------------------------------------------- The algorithm
@@ -141,7 +141,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     for t in reversed(range(shaped_BT.shape[1])):
         return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
         returns_BT[:, t] = return_B
-    # The baseline is not discounted: γ^{T−t} would make it depend on the tokens sampled after t.
+    # The baseline is not discounted: γ^(length − t) would make it depend on token t and on those after it.
     return (returns_BT - baseline_rewards_B[:, None]) * mask_BT  # ReMax, Algorithm 1
 
 
@@ -165,11 +165,11 @@ def main() -> None:
     prompts_per_rank, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)
     B = prompts_per_rank * args.num_samples  # sampled rows on this rank
 
-    # 1. Models: the policy that is trained, the frozen policy that it began as, and what gives the reward
+    # 1. Models: the policy in training, the frozen reference (the policy before training), and the reward
     tokenizer = common.load_tokenizer(args.model)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):
+    def load_policy(path, backend):  # the check in section 7 has a backend of its own
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
@@ -190,12 +190,12 @@ def main() -> None:
 
     run = common.Run(args, __file__, num_updates, policy)
     if eval_prompts:
-        initial_rows = evaluate(reference)
-        if run.checkpointed == 0:
+        initial_rows = evaluate(reference)  # the win rate compares with these
+        if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
 
-    for update in range(run.checkpointed + 1, num_updates + 1):
+    for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
@@ -207,12 +207,12 @@ def main() -> None:
         rollout_time = time.perf_counter()
 
         # 4. Score
-        all_rewards = rewards["reward"](responses)
-        rewards_B = all_rewards[:B]
-        baselines_B = all_rewards[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
+        rewards_R = rewards["reward"](responses)  # R rows: the sampled and the greedy ones
+        rewards_B = rewards_R[:B]
+        baselines_B = rewards_R[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
         score_time = time.perf_counter()
 
-        # 5. Update: one step. The log-probabilities of the loss, detached, are those of the KL penalty.
+        # 5. Update: one step. The loss's log-probabilities, detached, also give the KL penalty.
         ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []
@@ -235,7 +235,7 @@ def main() -> None:
             reward=rewards_B,
             baseline_reward=baselines_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
-            entropy=-logprobs_BT[mask_BT == 1],
+            entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),
             truncated_fraction=~sampled.ended_B,
             loss=torch.stack(losses).sum(),
@@ -259,7 +259,7 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that what was saved is what was trained
+    # 7. Save, and check that the saved model gives the same outputs
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)

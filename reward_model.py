@@ -17,7 +17,7 @@ One GPU:     python reward_model.py --model M --dataset D --learning-rate 1e-5 -
 Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-5 --max-prompt-length 512 \
                  --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B pairs on this rank, M pairs of a micro-batch. What does not teach the algorithm is in common.py.
+Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
 import sys
@@ -58,7 +58,7 @@ class Args:
     eval_dataset: PathOrName | None = None
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for never."""
+    """Updates between evaluations, which also come first and last; 0 for none while training."""
     eval_size: PositiveInt = 200
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -74,15 +74,15 @@ class Args:
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
     warmup_ratio: Fraction = 0.05
-    """Share of the updates in which the learning rate rises from 0."""
+    """Share of the schedule's steps in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
+    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
     gradient_checkpointing: bool = False
@@ -232,12 +232,12 @@ def main() -> None:
     title = "held-out responses, a chosen and a rejected one in turn"
 
     run = common.Run(args, __file__, num_updates, reward_model)
-    if run.checkpointed == 0 and args.eval_every:
+    if run.last_checkpoint == 0 and args.eval_every:
         rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
         run.log(0, dict(episodes=0) | evaluation_metrics(rows))
         run.log_samples(0, rows, title)
 
-    for update in range(run.checkpointed + 1, num_updates + 1):
+    for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
@@ -272,7 +272,7 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that what was saved is what was trained
+    # 7. Save, and check that the saved model gives the same outputs
     rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
     model.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
     inputs = common.pad(eval_pairs[0].ids, "right", backend.device)

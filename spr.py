@@ -5,14 +5,14 @@ fitted to the weighted responses by maximum likelihood:
 
     π_{k+1}  =  argmax over π of  Σ_i exp((r(x, y_i) − W(x)) / β) log π(y_i | x),    W(x) = β log Σ_i exp(r(x, y_i) / β)
 
-which follows π_k(y | x) exp((r − W) / β), the best policy near π_k (Theorem 1; line 5 of Algorithm 2 prints argmin by
-mistake). The paper gives β no value: it is a temperature, in reward units. Towards 0 only the best response counts
+so that π_{k+1} approaches π_k(y | x) exp((r − W) / β), the best policy near π_k (Theorem 1; Algorithm 2 prints argmin
+by mistake). The paper gives β no value: it is a temperature, in reward units. Towards 0 only the best response counts
 (Best-of-N), towards ∞ all count alike. A demonstration, where the data has one, is one of the N; it is no draw of π_k,
 so that is a heuristic. --weighting uniform --num-samples 0 is supervised fine-tuning on the demonstrations alone.
 
-What ReMax has and this script has not, and why it may be left out here:
+This script does without these parts of ReMax:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
-- a KL penalty and its reference policy: by the form of the update π_{k+1} is near π_k;
+- a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
 
 One CPU:     python spr.py
@@ -23,7 +23,7 @@ Eight GPUs:  deepspeed spr.py --model M --reward-model R --dataset D --eval-data
                  --batch-size 1024 --zero-stage 2 --gradient-checkpointing
 
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. What does not teach the algorithm is in common.py.
+including the first EOS. The rest is in common.py.
 """
 
 import time
@@ -62,17 +62,17 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for never."""
+    """Updates between evaluations, which also come first and last; 0 for none while training."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
     """Prompt tokens; longer prompts lose their beginning."""
     response_length: PositiveInt = 48
-    """Most tokens of a response."""
+    """Maximum number of tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt = 128
-    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not what is learned."""
+    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not the distribution."""
 
     # Reward
     reward_model: PathOrName = "examples/reviews/reward_model"
@@ -94,15 +94,15 @@ class Args:
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
     warmup_ratio: Fraction = 0.05
-    """Share of the updates in which the learning rate rises from 0."""
+    """Share of the schedule's steps in which the learning rate rises from 0."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; of a loss that sums over a response's tokens it is about that many times a mean's."""
+    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
     gradient_checkpointing: bool = False
@@ -112,15 +112,15 @@ class Args:
 
     # Successive policy re-weighting
     num_samples: NonNegativeInt = 8
-    """Sampled responses per prompt; the rows of an update are --batch-size times this."""
+    """Sampled responses per prompt; an update samples --batch-size times this."""
     beta: PositiveFloat = 1.0
     """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
     """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or equal ones."""
     num_epochs: PositiveInt = 2
-    """Passes over each rollout."""
+    """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 4
-    """Optimizer steps per pass; the rows of a rank are dealt out to them."""
+    """Optimizer steps per pass; each takes an equal share of the prompts."""
     completion_column: str = "completion"
     """Column that holds demonstrations, as texts or as chat messages; where the data has none, none are used."""
 
@@ -178,15 +178,15 @@ def read_demonstrations(prompts, column, tokenizer, max_length):
 def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
-    parts = backend.world_size * args.num_minibatches
-    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, parts)
-    P = minibatch_size * args.num_minibatches  # prompts on this rank
+    shares = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
+    X = minibatch_size * args.num_minibatches  # prompts on this rank
 
-    # 1. Models: one is trained, the others are in memory for the moment in which they are needed
+    # 1. Models: the policy stays in memory; the others are loaded when needed
     tokenizer = common.load_tokenizer(args.model)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):
+    def load_policy(path, backend):  # the check in section 7 has a backend of its own
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
@@ -196,8 +196,8 @@ def main() -> None:
 
     rewards = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        load_reward()  # fails now, not after the first rollout
-        rewards["reward"] = lambda responses: load_reward()(responses)  # it is in memory for this moment only
+        load_reward()  # a bad flag fails now, not after the first rollout
+        rewards["reward"] = lambda responses: load_reward()(responses)  # the model is in memory for this call only
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
 
@@ -211,8 +211,8 @@ def main() -> None:
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     has_demonstrations = prompts[0].demonstration is not None
-    N = args.num_samples + has_demonstrations
-    B = P * N
+    N = args.num_samples + has_demonstrations  # responses per prompt
+    B = X * N  # rows on this rank
     if B == 0:
         common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
 
@@ -223,11 +223,11 @@ def main() -> None:
     run = common.Run(args, __file__, num_updates, policy)
     if eval_prompts:
         initial_rows = evaluate(common.freeze(load_policy(args.model, backend), backend))
-        if run.checkpointed == 0:
+        if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
 
-    for update in range(run.checkpointed + 1, num_updates + 1):
+    for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
         start_time = time.perf_counter()
 
@@ -239,26 +239,26 @@ def main() -> None:
 
         # 4. Score
         scores = {name: reward(responses) for name, reward in rewards.items()}
-        rewards_PN = scores.get("reward", torch.zeros(B, device=backend.device)).view(P, N)
-        weights_PN = weights_of(rewards_PN, args.weighting, args.beta)  # each prompt's sum to 1
-        weights_B = weights_PN.flatten()
+        rewards_XN = scores.get("reward", torch.zeros(B, device=backend.device)).view(X, N)
+        weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
+        weights_B = weights_XN.flatten()
         columns = {name: x_B.tolist() for name, x_B in (scores | dict(weight=weights_B)).items()}
-        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns))
+        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns), N)
         score_time = time.perf_counter()
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule
         common.reset_optimizer(policy)
         losses = []
         grad_norms = []
-        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(P).split(minibatch_size)]
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(X).split(minibatch_size)]
         for step, minibatch in enumerate(minibatches, start=1):
-            rows_B = (minibatch[:, None] * N + torch.arange(N)).flatten()
+            numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
-            order = weights_B[rows_B].argsort(descending=True, stable=True).tolist()
-            kept = max(common.gather_rows([int((weights_B[rows_B] > 0).sum())]))
-            rows_B = rows_B[order[:kept]]
-            for part, is_last in common.micro_batches(mask_BT[rows_B].sum(1), args.micro_batch_size):
-                rows = rows_B[part].tolist()
+            order = weights_B[numbers].argsort(descending=True, stable=True).tolist()
+            num_kept = max(common.gather_rows([int((weights_B[numbers] > 0).sum())]))
+            numbers = numbers[order[:num_kept]]
+            for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
+                rows = numbers[positions].tolist()
                 logprobs_MT = common.forward(policy, responses[rows])
                 loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
                 common.backward(policy, loss, is_last)
@@ -272,13 +272,13 @@ def main() -> None:
 
         # 6. Log, evaluate, checkpoint
         means = scores | dict(
-            weight_ess=1 / weights_PN.square().sum(1),
+            weight_ess=1 / weights_XN.square().sum(1),
             response_length=mask_BT.sum(1),
             truncated_fraction=~responses.ended_B,
             loss=torch.stack(losses).sum() / len(grad_norms),
         )
         if "reward" in scores:
-            means |= dict(best_reward=rewards_PN.amax(1), weighted_reward=(weights_PN * rewards_PN).sum(1))
+            means |= dict(best_reward=rewards_XN.amax(1), weighted_reward=(weights_XN * rewards_XN).sum(1))
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(
@@ -296,7 +296,7 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that what was saved is what was trained
+    # 7. Save, and check that the saved model gives the same outputs
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
