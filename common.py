@@ -214,7 +214,7 @@ def response_mask(tokens_BT, eos_ids: list[int]):
 def decode(tokenizer, tokens: list[list[int]]) -> list[str]:
     """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = len(tokenizer.decode(anchor))
+    start = len(tokenizer.decode(anchor, skip_special_tokens=True))
     texts = tokenizer.batch_decode([anchor + row for row in tokens], skip_special_tokens=True)
     return [text[start:] for text in texts]
 
@@ -654,33 +654,41 @@ def save_and_check(engine, tokenizer, folder, load, inputs, backend):
 def load_rows(path, split="train") -> list[tuple[str, dict]]:
     """Rows of a local .jsonl, .csv, .json or .parquet file or of a hub data set -> [(where it stands, row)]."""
     suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".csv"):  # the standard library knows the line of an error, `datasets` does not
+    if suffix in (".jsonl", ".json", ".csv"):  # `datasets` does not know the line of an error, and parses dates
         with fails_with(path):
-            text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = list(read_csv(path, text) if suffix == ".csv" else read_jsonl(path, text))
+            data = Path(path).read_bytes()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+            fail(f"{path}:{line}: not UTF-8: convert the file to UTF-8")
+        rows = list(read_csv(path, text) if suffix == ".csv" else read_json(path, text, suffix == ".jsonl"))
     else:
         import datasets  # slow to import, and only needed here
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
         with fails_with(path):
-            readers = {".json": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
-            table = readers[suffix](path) if suffix in readers else datasets.load_dataset(path, split=split)
+            is_file = suffix == ".parquet"
+            table = datasets.Dataset.from_parquet(path) if is_file else datasets.load_dataset(path, split=split)
         rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
 
 
-def read_jsonl(path, text) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
+    with fails_with(path):
+        lines = text.split("\n") if has_lines else [json.dumps(row) for row in json.loads(text)]
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            with fails_with(f"{path}:{number}"):
+            where = f"{path}:{number}" if has_lines else f"{path}: row {number}"
+            with fails_with(where):
                 row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) is no text
             if not isinstance(row, dict):
-                fail(f"{path}:{number}: a {type(row).__name__}; expected one JSON object per line")
-            yield f"{path}:{number}", row
+                fail(f"{where}: a {type(row).__name__}; expected a JSON object")
+            yield where, row
 
 
 def read_csv(path, text) -> Iterator[tuple[str, dict]]:
@@ -950,9 +958,6 @@ def fails_with(message, status=2) -> Iterator[None]:
         yield
     except Failure:
         raise
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        fail(f"{message}:{line}: not UTF-8: convert the file to UTF-8")
     except (Exception, SystemExit) as error:
         text = getattr(error, "strerror", None) or str(error)
         if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
