@@ -69,7 +69,7 @@ def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poiso
     backend = start_backend(zero_stage=zero_stage, micro_batch_size=micro_batch_size, **flags)
     rank, world_size = backend.rank, backend.world_size
     rows = ROWS // world_size
-    engine = common.train_engine(as_policy(model), backend, rows, MAX_GRAD_NORM)
+    engine = common.train_engine(as_policy(model), backend, MAX_GRAD_NORM)
     batch = [x[rank::world_size] for x in data()]
     norms, skips = [], []
     for update in range(updates):
@@ -95,7 +95,7 @@ def rollout_and_train(model) -> list:
     backend = start_backend(zero_stage=3, micro_batch_size=4)
     policy = as_policy(model, common.Sampling(max_prompt_length=3, response_length=12, temperature=1.0, batch_size=4))
     policy.eos_ids = list(range(2, 4000)) if backend.rank else [1]  # rank 1 ends at once, rank 0 goes on
-    engine = common.train_engine(policy, backend, 4, 1.0)
+    engine = common.train_engine(policy, backend, 1.0)
     model.config.vocab_size = 2**25 // 4  # claimed, so that a chunk is four positions
     prompts = [common.Prompt("", [5, 6, 7], {}) for _ in range(4)]
     widths = []
