@@ -105,10 +105,14 @@ def test_equal_rewards_teach_nothing(tmp_path):
 def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenizer, script):
     """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
     texts = [" the", " a", " movie", " plot"]
-    ids = torch.tensor([common.encode(tokenizer, text)[:1] for text in texts])
+    ids = torch.tensor([tokenizer(text)["input_ids"][:1] for text in texts])
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=tokenizer.decode(row))) + "\n" for row in ids))
 
+    real_generate = common.generate
+
     def only_eos(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
+        if not eos_ids:  # the check of a model that was loaded
+            return real_generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
         assert prompts_BP.shape[1] == 1
         return torch.full((len(prompts_BP) * (num_samples + greedy), sampling.response_length), eos_ids[0])
 

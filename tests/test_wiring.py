@@ -55,6 +55,8 @@ def record(script, flags, folder) -> Recorded:
     def generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
         inputs = (prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
         tokens_RT = functions["generate"](model, *inputs)
+        if not eos_ids:  # the check of a model that was loaded
+            return tokens_RT
         rows = [row[: row.index(0) + 1] if 0 in row else row for row in tokens_RT.tolist()]  # EOS is 0
         prompts = [ids[mask == 1].tolist() for ids, mask in zip(prompts_BP, prompt_mask_BP)]
         for i, prompt in enumerate(prompts):

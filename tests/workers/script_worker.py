@@ -18,8 +18,11 @@ LOSSES = ("policy_loss", "value_loss", "preference_loss", "weighted_nll")
 
 def fixed_responses(update):
     """A `generate` whose responses depend on the prompt and the update alone, so on no rank and on no weight."""
+    real_generate = common.generate
 
     def generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
+        if not eos_ids:  # the check of a model that was loaded
+            return real_generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
         prompts = [ids[mask == 1].tolist() for ids, mask in zip(prompts_BP, prompt_mask_BP)]
         keys = [(*p, sample) for p in prompts for sample in range(num_samples)] + [(*p, -1) for p in prompts] * greedy
         rows = []
