@@ -54,15 +54,18 @@ def script_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in group}
 
 
-def launch_command(name: str, *flags, ranks: int = 1) -> list[str]:
-    """`python name flags`, or torchrun with several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
+def launch_command(name: str, *flags, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
+    """`python name flags`, or with several ranks a launcher."""
+    launchers = dict(
+        torchrun=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
+        deepspeed=["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)],
+    )
+    return [sys.executable, *(launchers[launcher] if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
 
 
-def launch(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.CompletedProcess:
+def launch(name: str, *flags, cwd=ROOT, **launching) -> subprocess.CompletedProcess:
     """A script as a user runs it. It takes 4 s to start, so most tests use `run_script`."""
-    command = launch_command(name, *flags, ranks=ranks)
+    command = launch_command(name, *flags, **launching)
     return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -199,13 +202,13 @@ def tiny_model(kind: str, vocab_size: int = 50, **kwargs):
     import transformers
 
     torch.manual_seed(0)
-    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1) | kwargs
+    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1, initializer_range=0.3) | kwargs
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ids)
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ids)
         model = transformers.GPT2LMHeadModel(config)
     else:
         shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.3, **ids)
+        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, **ids)
         model = transformers.LlamaForCausalLM(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -218,11 +221,29 @@ def model(request):
     return tiny_model(request.param)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def example_tokenizer():
     import common
 
-    return common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer = common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer.num_embeddings = len(tokenizer)  # as load_model does
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return example_tokenizer()
+
+
+def number_tokenizer(size: int = 50):
+    """Its words are its ids, 1 is EOS."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1")
+    tokenizer.num_embeddings = size
+    return tokenizer
 
 
 def start_backend(**flags):
