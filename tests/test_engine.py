@@ -1,33 +1,61 @@
-"""The DeepSpeed engine against plain torch: stages, micro-batches and ranks do not change the mathematics."""
+"""Stages, micro-batches, ranks, nodes and offloading do not change the mathematics of the engine or of a script."""
 
 import math
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import run_script, tiny_model
-from engine_worker import POISONS, ROWS, data, losses, with_plain_torch, with_the_engine
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    assert_ok,
+    forked,
+    launch,
+    read_metrics,
+    script_environment,
+    start_backend,
+    tiny_model,
+)
+from safetensors.torch import load_file
+from workers.engine_worker import (
+    LEARNING_RATE,
+    POISONS,
+    ROWS,
+    as_policy,
+    data,
+    loss_of,
+    on_this_rank,
+    with_plain_torch,
+    with_the_engine,
+)
+from workers.script_worker import run, run_all
 
 import common
 
-CPU = torch.device("cpu")
 STAGES = [0, 1, 2, 3]
 
 
-def assert_same(found, wanted, rtol=1e-5, atol=1e-5):
+def assert_same(found, expected, rtol=1e-5, atol=1e-5):
     """atol is a hundredth of a step: Adam turns the rounding noise of gradients that are 0 (key biases) into steps."""
-    assert found[0] == pytest.approx(wanted[0], rel=rtol)
-    for name, weights in wanted[1].items():
+    assert found[0] == pytest.approx(expected[0], rel=rtol)
+    for name, weights in expected[1].items():
         torch.testing.assert_close(found[1][name], weights, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---------------------------------------------------------------- The engine against plain torch
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_stages_and_micro_batches_equal_plain_torch(kind, zero_stage, micro_batch_size):
-    wanted = with_plain_torch(tiny_model(kind))
-    assert min(wanted[0]) > 1  # so that clipping is at work
+    expected = with_plain_torch(tiny_model(kind))
+    assert min(expected[0]) > 1  # so that clipping is at work
     found = with_the_engine(tiny_model(kind), zero_stage, micro_batch_size)
-    assert_same(found, wanted)
+    assert_same(found, expected)
     assert found[2] == [0] * 5
 
 
@@ -40,24 +68,48 @@ def test_offloading_changes_nothing(zero_stage):
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_gradient_checkpointing_changes_nothing(zero_stage):
-    assert_same(
-        with_the_engine(tiny_model("llama"), zero_stage, 3, checkpointing=True), with_plain_torch(tiny_model("llama"))
-    )
+    found = with_the_engine(tiny_model("llama"), zero_stage, 3, gradient_checkpointing=True)
+    assert_same(found, with_plain_torch(tiny_model("llama")))
 
 
-def test_two_ranks_equal_plain_torch(tmp_path):
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_reset_optimizer_is_a_new_one(zero_stage, offload):
+    """Moments and the count of steps are 0 again; master weights stay as they are."""
+    found = with_the_engine(tiny_model("llama"), zero_stage, 3, restart=3, offload=offload and zero_stage > 0)
+    assert_same(found, with_plain_torch(tiny_model("llama"), restart=3))
+    on = with_plain_torch(tiny_model("llama"))[1]["lm_head.weight"]
+    assert (found[1]["lm_head.weight"] - on).abs().max() > LEARNING_RATE / 10  # else this shows nothing
+
+
+def equal_share(one, other) -> float:
+    """The share of weights that agree to the last bit."""
+    return torch.cat([(one[name] == other[name]).flatten() for name in other]).float().mean().item()
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_bfloat16_equals_plain_torch_with_float32_master_weights(zero_stage):
+    with_and_without = [with_plain_torch(tiny_model("llama"), restart=n, dtype="bfloat16")[1] for n in (3, None)]
+    assert equal_share(*with_and_without) < 0.7  # else this shows nothing
+    for restart, expected in zip((3, None), with_and_without):
+        found = with_the_engine(tiny_model("llama"), zero_stage, restart=restart, dtype="bfloat16")[1]
+        assert equal_share(found, expected) > 0.98
+
+
+def test_two_ranks_equal_plain_torch():
     cases = [(0, 8), (0, 1), (1, 3), (2, 2), (3, 3)]
-    result = run_script("tests/engine_worker.py", tmp_path / "out.pt", *(n for case in cases for n in case), ranks=2)
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    cases = [dict(zero_stage=stage, micro_batch_size=micro) for stage, micro in cases]
+    cases += [dict(zero_stage=stage, micro_batch_size=2, offload=True, restart=2) for stage in (1, 2, 3)]
+    found = forked(on_this_rank, cases, ranks=2)
+    for case, results in zip(cases, found["cases"]):
+        for kind, values in results.items():
+            assert_same(values, with_plain_torch(tiny_model(kind), restart=case.get("restart")))
     # ZeRO-3 with several chunks of logits, which both ranks take in equal number: else the first of them hangs.
-    assert found.pop("widths") == [(12, 12), (1, 1)] * 2
+    assert found["widths"] == [(12, 12), (1, 1)] * 2
     clean = with_plain_torch(tiny_model("llama"), updates=2)
-    for key in [key for key in found if key[0] == "poisoned"]:
-        assert_skipped(found.pop(key), clean)
-    assert len(found) == 2 * len(cases)
-    for (kind, _, _), values in found.items():
-        assert_same(values, with_plain_torch(tiny_model(kind)))
+    assert len(found["poisoned"]) == len(STAGES) * len(POISONS)
+    for poisoned in found["poisoned"]:
+        assert_skipped(poisoned, clean)
 
 
 def assert_skipped(poisoned, clean):
@@ -71,18 +123,18 @@ def assert_skipped(poisoned, clean):
 @pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loss_or_gradient_that_is_not_finite_is_skipped_and_counted(zero_stage, dtype, poison):
-    clean = with_the_engine(tiny_model("llama"), zero_stage, 4, dtype, updates=2)
-    assert_skipped(with_the_engine(tiny_model("llama"), zero_stage, 4, dtype, updates=3, poison=poison), clean)
+    clean = with_the_engine(tiny_model("llama"), zero_stage, 4, updates=2, dtype=dtype)
+    poisoned = with_the_engine(tiny_model("llama"), zero_stage, 4, updates=3, poison=poison, dtype=dtype)
+    assert_skipped(poisoned, clean)
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_bfloat16_keeps_float32_master_weights(zero_stage):
-    wanted = with_plain_torch(tiny_model("llama"), updates=1)
-    found = with_the_engine(tiny_model("llama"), zero_stage, 8, "bfloat16", updates=1)
-    before = tiny_model("llama").lm_head.weight
-    old, *new = (w.bfloat16().float() for w in (before, wanted[1]["lm_head.weight"], found[1]["lm_head.weight"]))
-    sizes = [(w - old).abs().mean().item() for w in new]  # one step has the size that Adam gives it
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+def trained(model, steps, learning_rate, **flags):
+    """-> the engine after steps on the fixed data."""
+    engine = common.train_engine(as_policy(model), start_backend(micro_batch_size=ROWS, **flags), 1.0)
+    for _ in range(steps):
+        common.backward(engine, loss_of(engine, slice(None), data()), True)
+        common.optimizer_step(engine, learning_rate)
+    return engine
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -90,13 +142,7 @@ def test_small_steps_are_not_rounded_away_in_bfloat16(zero_stage):
     """A step of 1e-5 is below bfloat16's resolution of weights near 0.3, but a hundred of them must arrive."""
     model = tiny_model("llama")
     before = model.lm_head.weight.detach().bfloat16().clone()
-    common.start_processes()
-    placement = common.Placement(CPU, "bfloat16", "sdpa", zero_stage, False, ROWS)
-    engine = common.train_engine(common.ResponseLogprobs(model), placement, ROWS, 1.0, False)
-    for _ in range(100):
-        common.backward(engine, losses(engine, slice(None), data()), True)
-        common.optimizer_step(engine, 1e-5)
-    with common.whole_model(engine, CPU) as whole:
+    with common.whole_model(trained(model, 100, 1e-5, zero_stage=zero_stage, dtype="bfloat16")) as whole:
         moved = (whole.lm_head.weight != before).float().mean().item()
     assert moved > 0.3
 
@@ -104,12 +150,24 @@ def test_small_steps_are_not_rounded_away_in_bfloat16(zero_stage):
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_rotary_frequencies_stay_float32(zero_stage):
     model = tiny_model("llama")
-    wanted = model.model.rotary_emb.inv_freq.clone()
-    placement = common.Placement(CPU, "bfloat16", "sdpa", zero_stage, False, ROWS)
-    common.start_processes()
-    engine = common.train_engine(common.ResponseLogprobs(model), placement, ROWS, 1.0, False)
-    assert torch.equal(engine.module.model.model.rotary_emb.inv_freq, wanted)
-    assert torch.equal(engine.module.whole.model.rotary_emb.inv_freq, wanted)
+    expected = model.model.rotary_emb.inv_freq.clone()
+    engine = trained(model, 0, 0.0, zero_stage=zero_stage, dtype="bfloat16")
+    assert torch.equal(engine.module.model.model.rotary_emb.inv_freq, expected)
+    assert torch.equal(engine.module.whole.model.rotary_emb.inv_freq, expected)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_frozen_model_computes_the_same_wherever_it_lies(zero_stage, offload):
+    prompts, prompt_mask, tokens, *_ = data()
+    with torch.no_grad():
+        expected = as_policy(tiny_model("llama"))(prompts, prompt_mask, tokens)
+        frozen = common.freeze(as_policy(tiny_model("llama")), start_backend(zero_stage=zero_stage, offload=offload))
+        for _ in range(2):  # once before and once after its weights were gathered for a rollout
+            torch.testing.assert_close(frozen(prompts, prompt_mask, tokens), expected)
+            with common.whole_model(frozen) as whole:
+                whole(torch.arange(4)[None])
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied and untied embeddings
@@ -118,27 +176,25 @@ def test_rotary_frequencies_stay_float32(zero_stage):
 def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage, dtype):
     import transformers
 
-    common.start_processes()
-    placement = common.Placement(CPU, dtype, "sdpa", zero_stage, False, ROWS)
-    module = common.ResponseLogprobs(tiny_model(kind, vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0))
-    engine = common.train_engine(module, placement, ROWS, 1.0, False)
-    for _ in range(3):
-        common.backward(engine, losses(engine, slice(None), data()), True)
-        common.optimizer_step(engine, 1e-2)
-    common.save_model(engine, tokenizer, tmp_path / "policy", CPU)
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert saved.dtype == getattr(torch, dtype)
-    prompts, prompt_mask, tokens, mask, *_ = data()
-    with torch.no_grad():
-        trained = engine(prompts, prompt_mask, tokens, 1.0)
-        torch.testing.assert_close(common.ResponseLogprobs(saved).eval()(prompts, prompt_mask, tokens, 1.0), trained)
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
+    engine = trained(tiny_model(kind, **ids), 3, 1e-2, zero_stage=zero_stage, dtype=dtype)
+    inputs = data()[:3]
+    backend = start_backend(zero_stage=zero_stage, dtype=dtype)
 
-    # The script's own check passes, and fails for other weights.
-    responses = common.Responses([None] * ROWS, [""] * ROWS, prompts, prompt_mask, tokens, mask, mask.any(1))
-    common.check_saved(engine, tmp_path / "policy", responses, 1.0, placement)
-    tiny_model(kind, vocab_size=len(tokenizer)).to(getattr(torch, dtype)).save_pretrained(tmp_path / "policy")
+    def load(path, backend):
+        return as_policy(transformers.AutoModelForCausalLM.from_pretrained(path)).eval()
+
+    common.save_and_check(engine, tokenizer, tmp_path / "policy", load, inputs, backend)
+    saved = load(tmp_path / "policy", backend)
+    assert saved.model.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(*inputs), engine(*inputs))
+
+    def load_other_weights(path, backend):
+        return as_policy(tiny_model(kind, **ids).to(getattr(torch, dtype)))
+
     with pytest.raises(SystemExit) as error:
-        common.check_saved(engine, tmp_path / "policy", responses, 1.0, placement)
+        common.save_and_check(engine, tokenizer, tmp_path / "policy", load_other_weights, inputs, backend)
     assert error.value.code == 1
 
 
@@ -149,3 +205,100 @@ def test_learning_rate_schedules():
     assert rates("linear", 0) == pytest.approx([2 - 0.2 * i for i in range(10)])
     assert rates("cosine", 0)[5] == pytest.approx(1.0) and 0 < rates("cosine", 0)[-1] < 0.1
     assert all(r > 0 for schedule in ("linear", "cosine") for w in (0, 0.5, 1) for r in rates(schedule, w))
+
+
+# ---------------------------------------------------------------- The scripts
+
+FLAGS = "--batch-size 8 --eval-every 0 --lr-schedule constant --warmup-ratio 0 --max-grad-norm 1"
+OWN = dict(
+    remax="--total-episodes 40 --response-length 8 --num-samples 2",
+    reinforce="--total-episodes 40 --response-length 8 --num-samples 2 --baseline leave-one-out",
+    ppo="--total-episodes 40 --response-length 8 --num-epochs 2",
+    spr="--total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
+    reward_model="--total-episodes 40",
+)
+
+
+def case(script, folder, stage, micro, rate="1e-3", more=""):
+    flags = f"{FLAGS} {OWN[script]} --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
+    name = f"{script}-{stage}-{micro}-{rate}{more.replace(' ', '')}"
+    return dict(script=script, flags=[*flags.split(), "--output-dir", f"{folder}/{name}"], fixed=True)
+
+
+def assert_same_training(found, expected, rate="1e-3"):
+    """Gradients of all steps to a relative 1e-5; weights to a hundredth of a step, since Adam enlarges noise."""
+    assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 4
+    for new, old in zip(found["gradients"], expected["gradients"]):
+        assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
+    assert expected["weights"]
+    for name, weights in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weights, rtol=1e-6, atol=0.01 * float(rate))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_two_ranks_equal_one(tmp_path, offload):
+    """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
+    stages, more = ((1, 3, 2, 3, 2), "--offload") if offload else ((3, 1, 2, 0, 0), "")
+    cells = [(script, stage, 2) for script, stage in zip(SCRIPTS, stages)]
+    cases = [case(script, tmp_path / "two", stage, micro, more=more) for script, stage, micro in cells]
+    results = forked(run_all, cases, ranks=2)
+    for (script, *_), found in zip(cells, results, strict=True):
+        assert_same_training(found, run(**case(script, tmp_path / "one", 0, 16)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", ["1e-3", "1e-6"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_stages_and_micro_batches_on_one_and_on_two_ranks(tmp_path, script, rate):
+    expected = run(**case(script, tmp_path, 0, 16, rate))
+    cells = [(stage, micro, rate) for stage in range(4) for micro in (1, 2, 8)]
+    cells += [(stage, 2, rate, "--offload") for stage in (1, 2, 3)]
+    for found in forked(run_all, [case(script, tmp_path / "two", *cell) for cell in cells], ranks=2):
+        assert_same_training(found, expected, rate)
+    for found in forked(run_all, [case(script, tmp_path / "one", *cell) for cell in cells]):
+        assert_same_training(found, expected, rate)
+
+
+@pytest.mark.slow
+def test_two_nodes_run_as_one(tmp_path):
+    """Two launchers with a rank each, which meet on the loopback interface."""
+    flags = [*FLAGS.split(), "--total-episodes", "40", "--response-length", "8", "--zero-stage", "2", "--output-dir"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        end_point = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", end_point, "--local_addr", "127.0.0.1"]
+    command = [*launcher, str(ROOT / "remax.py"), *flags, str(tmp_path / "nodes")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=script_environment())
+    nodes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert sorted("Saved:" in out for out in outs) == [False, True]  # rank 0 alone speaks
+    assert_ok(launch("remax.py", *flags, tmp_path / "node", ranks=2))
+    found, expected = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("nodes", "node"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise KeyError('no such film')"])
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path, end, rank, zero_stage):
+    code = f"""
+import os, time
+calls = 0
+def reward(prompts, responses, **columns):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ['RANK'] == '{rank}':
+        open({str(tmp_path / "died")!r}, 'w').close()
+        {end}
+    return [float(len(text)) for text in responses]
+"""
+    (tmp_path / "f.py").write_text(code)
+    flags = [*FLAGS.split(), "--total-episodes", "40", "--response-length", "8", "--zero-stage", zero_stage]
+    flags += ["--output-dir", tmp_path / "r", "--reward-function", f"{tmp_path}/f.py:reward"]
+    result = launch("remax.py", *flags, ranks=2)
+    assert result.returncode == 1 and time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert ("f.py:reward raised: KeyError" if "raise" in end else "SIGKILL") in result.stderr
+    assert [row["update"] for row in read_metrics(tmp_path / "r")] == [1, 2]

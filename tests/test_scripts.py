@@ -1,67 +1,296 @@
-"""reinforce.py, ppo.py and reward_model.py as a user runs them."""
+"""The scripts as a user runs them: they learn, say so, run under the launchers, and save what others can read."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
-from conftest import SHARED, TINY, assert_ok, read_metrics, run_script, together
+from conftest import (
+    EXAMPLE,
+    ROOT,
+    SHARED,
+    TINY,
+    assert_ok,
+    launch,
+    read_metrics,
+    run_here,
+    run_script,
+    start_backend,
+    tiny_model,
+    together,
+)
+from safetensors.torch import load_file
+from workers.script_worker import run
 
 import common
 import reward_model
 
-
-def learned(folder, rise: float) -> bool:
-    rows = read_metrics(folder)[1:]
-    return sum(row["reward"] for row in rows[-4:]) / 4 > sum(row["reward"] for row in rows[:4]) / 4 + rise
-
-
+GOLD = ("--gold-reward-function", EXAMPLE / "sentiment.py:reward")
 LEARN = "--total-episodes 960 --batch-size 32 --learning-rate 5e-4 --eval-every 0 --response-length 32".split()
 
 
-def test_reinforce_learns(tmp_path):
-    plain = ("reinforce.py", *LEARN, "--output-dir", tmp_path / "plain")
-    flags = "--baseline leave-one-out --num-samples 2".split()
-    for result in together(run_script, plain, ("reinforce.py", *LEARN, *flags, "--output-dir", tmp_path / "rloo")):
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_of(folder) -> dict:
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def mean(rows, name) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def learned(folder, rise: float) -> bool:
+    rows = read_metrics(folder)[1:]
+    return mean(rows[-4:], "reward") > mean(rows[:4], "reward") + rise
+
+
+# ---------------------------------------------------------------- remax.py, and what is common to all
+
+
+def test_it_learns_from_any_folder_and_says_so(tmp_path):
+    flags = "--total-episodes 1280 --batch-size 32 --learning-rate 5e-4 --eval-every 20 --eval-size 32".split()
+    result = launch("remax.py", *flags, *GOLD, cwd=tmp_path)
+    assert_ok(result)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("remax__1__")
+    rows = read_metrics(folder)
+    assert [row["update"] for row in rows] == list(range(41))
+    for name, rise in (("reward", 1.5), ("gold_reward", 0.15)):
+        assert mean(rows[-4:], name) > mean(rows[1:5], name) + rise
+    first = rows[1]
+    assert abs(first["kl"]) < 1e-5 and first["learning_rate"] == pytest.approx(5e-4 / 2)  # reference = policy at first
+    assert rows[0]["eval_win_rate"] == 0.5 and rows[0]["eval_log_ratio"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["eval_win_rate"] > 0.6 and rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 1
+    assert rows[-1]["episodes"] == 1280 and rows[-1]["skipped_updates"] == 0
+    assert first["entropy"] > 0 and 0 <= first["truncated_fraction"] <= 1 and first["peak_memory_bytes"] > 1e8
+
+    # The console: clean, and its last lines tell what was learned and where it is.
+    lines = result.stdout.strip().splitlines()
+    assert lines[-1].split() == ["Curves:", "tensorboard", "--logdir", str(folder)] and "eval_win_rate" in result.stdout
+    assert "Warning" not in result.stderr and "[WARNING]" not in result.stdout + result.stderr
+    assert sum("▸" in line for line in lines) == 9
+    samples = rows_of(folder / "samples.jsonl")
+    assert len(samples) == 3 * 32 and {"prompt", "response", "reward", "gold_reward", "log_ratio"} <= samples[0].keys()
+    assert list(folder.glob("events.out.tfevents.*"))
+    args = json.loads((folder / "args.json").read_text())
+    assert args["learning_rate"] == 5e-4 and args["ranks"] == 1
+
+    # The saved folder is a plain one.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "policy", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    last = [row for row in samples if row["update"] == 40][0]
+    ids = tokenizer(last["prompt"], return_tensors="pt")
+    tokens = model.generate(**ids, do_sample=False, max_new_tokens=48, pad_token_id=1)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == last["response"]
+
+
+@pytest.mark.parametrize("launcher, zero_stage", [("torchrun", 0), ("deepspeed", 3)])
+def test_two_ranks(tmp_path, launcher, zero_stage):
+    # Seven held-out prompts do not divide by two; responses end at different lengths on the two ranks.
+    flags = [*TINY, "--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
+    result = launch("remax.py", *flags, ranks=2, launcher=launcher)
+    assert_ok(result)
+    rows = read_metrics(tmp_path / "r")
+    assert len(rows) == 5 and abs(rows[1]["kl"]) < 1e-5
+    assert result.stdout.count("prompts from") == 2  # rank 0 alone speaks
+    assert_ok(run_script("remax.py", *TINY, "--total-episodes", 8, "--output-dir", tmp_path / "alone"))
+    samples, alone = (rows_of(tmp_path / name / "samples.jsonl")[:7] for name in ("r", "alone"))
+    assert [row["response"] for row in samples] == [row["response"] for row in alone]  # update 0, in the same order
+
+
+def test_a_failure_on_one_rank_ends_all(tmp_path):
+    code = "import os\ndef reward(prompts, responses, **columns):\n    return [1 / int(os.environ['RANK'])] * 16\n"
+    (tmp_path / "f.py").write_text(code)
+    flags = ("--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r")
+    result = launch("remax.py", *TINY, *flags, ranks=2)
+    assert result.returncode != 0 and "f.py:reward raised: ZeroDivisionError" in result.stderr
+
+
+def test_wrong_input_makes_no_traceback(tmp_path):
+    result = launch("remax.py", "--dataset", "no.jsonl", "--output-dir", tmp_path / "r")
+    assert result.returncode == 2 and result.stderr.strip() == "error: no.jsonl: No such file or directory"
+
+
+def test_other_models_data_and_rewards(tmp_path, tokenizer):
+    """A Llama policy with two EOS ids, csv prompts, a penalty, bfloat16, a temperature, a discount."""
+    model = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=[0, 5], pad_token_id=None)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "p.csv").write_text('text,label\nThe plot,1\n"The music, the rest",2\n')
+    flags = ["--model", tmp_path / "m", "--dataset", tmp_path / "p.csv", "--eval-dataset", tmp_path / "p.csv"]
+    flags += "--prompt-column text --missing-eos-penalty 100 --dtype bfloat16 --max-prompt-length 8".split()
+    flags += "--temperature 0.7 --gamma 0.99 --gradient-checkpointing --output-dir".split()
+    assert run_here("remax", *TINY, *flags, tmp_path / "r") == 0
+    rows = read_metrics(tmp_path / "r")
+    assert rows[1]["truncated_fraction"] > 0 and rows[1]["reward"] < -40
+    assert abs(rows[1]["kl"]) < 1e-5  # policy and reference share temperature and dtype
+
+
+@pytest.mark.skipif(
+    not (SHARED / "models" / "imdb-mini").is_dir(), reason="needs the development data beside the project"
+)
+def test_real_prompts_with_a_real_small_model(tmp_path):
+    flags = ["--model", SHARED / "models/imdb-mini", "--dataset", SHARED / "data/imdb_prompts.jsonl"]
+    flags += ["--eval-dataset", SHARED / "data/imdb_preferences_8words.jsonl", "--output-dir", tmp_path / "r"]
+    flags += ["--reward-function", SHARED / "rewards/imdb_sentiment.py:reward", "--kl-coef", "0.0075"]
+    flags += "--learning-rate 3e-4 --total-episodes 1600 --batch-size 32 --response-length 24 --eval-every 50".split()
+    assert_ok(run_script("remax.py", *flags))
+    rows = read_metrics(tmp_path / "r")
+    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.03
+
+
+# ---------------------------------------------------------------- reinforce.py and ppo.py
+
+
+def test_reinforce_and_ppo_learn(tmp_path):
+    cases = dict(plain=["reinforce.py"], loo=["reinforce.py", "--baseline", "leave-one-out", "--num-samples", "2"])
+    cases |= dict(ppo=["ppo.py", "--num-epochs", "2"])
+    flags = [[*case, *LEARN, "--output-dir", tmp_path / name] for name, case in cases.items()]
+    for result in together(run_script, *flags):
         assert_ok(result)
-    assert learned(tmp_path / "plain", 1.0) and learned(tmp_path / "rloo", 1.0)
+    assert learned(tmp_path / "plain", 1.0) and learned(tmp_path / "loo", 1.0) and learned(tmp_path / "ppo", 1.5)
     assert "baseline_reward" not in read_metrics(tmp_path / "plain")[-1]
-    last = read_metrics(tmp_path / "rloo")[-1]
+    last = read_metrics(tmp_path / "loo")[-1]
     assert last["baseline_reward"] == pytest.approx(last["reward"])
-
-
-def test_leave_one_out_with_one_sample_is_refused():
-    result = run_script("reinforce.py", "--baseline", "leave-one-out")
-    assert result.returncode == 2 and "needs --num-samples 2 or more" in result.stderr
-
-
-def test_ppo_learns_and_its_first_step_is_on_policy(tmp_path):
-    assert_ok(run_script("ppo.py", *LEARN, "--num-epochs", "2", "--output-dir", tmp_path / "r"))
-    assert learned(tmp_path / "r", 1.5)
-    row = read_metrics(tmp_path / "r")[-1]
-    assert row["approx_kl"] > 0 and 0 <= row["clip_fraction"] < 0.5 and row["value_loss"] > 0
+    last = read_metrics(tmp_path / "ppo")[-1]
+    assert last["approx_kl"] > 0 and 0 <= last["clip_fraction"] < 0.5 and last["value_loss"] > 0
 
 
 def test_ppo_with_one_step_per_rollout_has_ratio_one(tmp_path):
-    assert_ok(
-        run_script("ppo.py", *TINY, "--num-epochs", "1", "--micro-batch-size", "3", "--output-dir", tmp_path / "r")
-    )
+    assert run_here("ppo", *TINY, "--num-epochs", 1, "--micro-batch-size", 3, "--output-dir", tmp_path / "r") == 0
     for row in read_metrics(tmp_path / "r")[1:]:
         assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0 and abs(row["loss"]) < 1e-5
 
 
 def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
-    placement = common.Placement(torch.device("cpu"), "float32", "sdpa", 0, False, 4)
-    paths = (str(common.EXAMPLE / "reward_model"), str(common.EXAMPLE / "policy"))
+    backend = start_backend()
+    sampling = common.Sampling(max_prompt_length=3, response_length=3, temperature=1.0, batch_size=1)
+    paths = (str(EXAMPLE / "reward_model"), str(EXAMPLE / "policy"))
     ids, ones = torch.arange(5, 11)[None], torch.ones(1, 3, dtype=torch.long)
-    value = common.load_value_model(*paths, placement)
+    value = common.load_value_model(*paths, sampling, backend)
     with torch.no_grad():
         values = value(ids[:, :3], ones, ids[:, 3:])
         scorer = common.LastTokenScore(value.model)
         for t in range(3):  # the value of token t has seen what comes before it
             score = scorer(ids[:, : 3 + t], torch.ones(1, 3 + t, dtype=torch.long)) - value.model.config.reward_mean
             torch.testing.assert_close(values[:, t], score)
-        value = common.load_value_model(None, paths[1], placement)
+        value = common.load_value_model(None, paths[1], sampling, backend)
         assert (value(ids[:, :3], ones, ids[:, 3:]) == 0).all()
+
+
+# ---------------------------------------------------------------- spr.py
+
+SPR = (
+    "--total-episodes 16 --batch-size 8 --num-epochs 1 --num-minibatches 2 --num-samples 4 --response-length 12".split()
+)
+SPR += "--eval-size 7 --eval-every 0 --learning-rate 1e-3".split()
+
+
+def test_spr_learns_and_reports(tmp_path):
+    flags = "--total-episodes 384 --batch-size 128 --num-samples 4 --learning-rate 1e-3 --response-length 32".split()
+    result = run_script("spr.py", *flags, *GOLD, "--output-dir", tmp_path / "r")
+    assert_ok(result)
+    rows = read_metrics(tmp_path / "r")
+    assert [row["update"] for row in rows] == [0, 1, 2, 3]
+    first, *iterations = rows
+    assert first["eval_win_rate"] == 0.5 and first["eval_log_ratio"] == pytest.approx(0, abs=1e-4)
+    last = iterations[-1]
+    assert last["reward"] > iterations[0]["reward"] + 0.7 and last["eval_reward"] > first["eval_reward"] + 1
+    assert last["eval_win_rate"] > 0.6 and "eval_gold_reward" in last and last["episodes"] == 384
+    for row in iterations:
+        assert row["reward"] < row["weighted_reward"] < row["best_reward"] and 1 < row["weight_ess"] < 4
+        assert row["seconds_rollout"] > 0 and row["seconds_score"] > 0 and row["seconds_train"] > 0
+    assert "on held-out" in result.stdout or "held-out prompts" in result.stdout and "eval_win_rate" in result.stdout
+    prompts = []
+    for k in (1, 2, 3):
+        samples = rows_of(tmp_path / "r" / f"iteration-{k}.jsonl")
+        rewards = torch.tensor([row["reward"] for row in samples], dtype=torch.float64).view(-1, 4)
+        found = torch.tensor([row["weight"] for row in samples], dtype=torch.float64).view(-1, 4)
+        torch.testing.assert_close(found, rewards.softmax(1), rtol=1e-5, atol=1e-8)  # β is 1
+        prompts += [row["prompt"] for row in samples[::4]]
+        assert all(len({row["prompt"] for row in samples[i : i + 4]}) == 1 for i in range(0, len(samples), 4))
+    assert len(prompts) == len(set(prompts)) == 384  # the next slice
+
+
+def test_the_limits_of_beta_train_the_same_models(tmp_path):
+    cases = dict(best=["--weighting", "best-of-n"], cold=["--beta", "1e-4"])
+    cases |= dict(uniform=["--weighting", "uniform"], hot=["--beta", "1e7"])
+    weights = {
+        name: run("spr", [*SPR, *case, "--output-dir", tmp_path / name])["weights"] for name, case in cases.items()
+    }
+    for name in weights["best"]:
+        torch.testing.assert_close(weights["best"][name], weights["cold"][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights["uniform"][name], weights["hot"][name], rtol=1e-4, atol=1e-5)
+    assert max((weights["best"][name] - weights["hot"][name]).abs().max() for name in weights["best"]) > 1e-4
+
+
+def test_rows_of_weight_0_are_not_computed_and_would_change_nothing(tmp_path, monkeypatch):
+    source = (ROOT / "spr.py").read_text(encoding="utf-8")
+    line = "rows_B = rows_B[order[:kept]]"
+    assert source.count(line) == 1
+    (tmp_path / "all_rows.py").write_text(source.replace(line, "rows_B = rows_B[order]"))
+    monkeypatch.syspath_prepend(tmp_path)
+    forward, counts, found = common.forward, dict(spr=0, all_rows=0), {}
+    for script in counts:
+
+        def counted(module, responses, script=script):
+            counts[script] += len(responses.texts) * torch.is_grad_enabled()
+            return forward(module, responses)
+
+        monkeypatch.setattr(common, "forward", counted)
+        found[script] = run(script, [*SPR, "--weighting", "best-of-n", "--output-dir", tmp_path / script])
+    assert counts == dict(spr=16, all_rows=16 * 4)
+    for new, old in zip(found["spr"]["gradients"], found["all_rows"]["gradients"], strict=True):
+        assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
+    for name, weights in found["all_rows"]["weights"].items():
+        torch.testing.assert_close(found["spr"]["weights"][name], weights, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_each_iteration_is_a_fit_of_its_own(tmp_path, zero_stage, dtype):
+    """Adam's moments are 0 before the first of its two steps, and the schedule begins anew."""
+    flags = ["--zero-stage", zero_stage, "--dtype", dtype, "--total-episodes", 24, "--output-dir", tmp_path / "r"]
+    found = run("spr", [*SPR, *flags])
+    assert found["status"] == 0 and [moments > 0 for moments in found["moments"]] == 3 * [False, True]
+    assert [row["learning_rate"] for row in read_metrics(tmp_path / "r")] == 3 * [pytest.approx(1e-3)]
+
+
+@pytest.mark.parametrize("flags", ["--zero-stage 0", "--zero-stage 2 --offload", "--zero-stage 3"])
+def test_the_reward_model_and_the_initial_policy_are_forgotten(tmp_path, monkeypatch, flags):
+    """While the policy is trained they are not in memory: neither those of this iteration nor earlier ones."""
+    frozen, freeze, backward, checks = [], common.freeze, common.backward, 0
+
+    def watched_freeze(module, backend):
+        frozen.append(weakref.ref(module))
+        return freeze(module, backend)
+
+    def watched_backward(*args):
+        nonlocal checks
+        assert not any(module() for module in frozen)
+        checks += 1
+        return backward(*args)
+
+    monkeypatch.setattr(common, "freeze", watched_freeze)
+    monkeypatch.setattr(common, "backward", watched_backward)
+    gc.disable()  # it must not be left to chance
+    try:
+        flags = [*flags.split(), "--total-episodes", 24, "--eval-every", 1, "--output-dir", tmp_path / "r"]
+        assert run_here("spr", *SPR, *flags) == 0
+    finally:
+        gc.enable()
+    assert len(frozen) > 6 and checks == 6
+
+
+def test_the_last_position_of_the_model_can_be_used(tmp_path):
+    flags = "--max-prompt-length 64 --response-length 64 --total-episodes 4 --batch-size 4 --num-samples 1".split()
+    assert run_here("spr", *SPR, *flags, "--output-dir", tmp_path / "r") == 0
 
 
 # ---------------------------------------------------------------- reward_model.py
@@ -79,16 +308,15 @@ def test_a_reward_model_is_trained_and_remax_uses_it(tmp_path):
     folder = tmp_path / "r" / "reward_model"
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
-    chosen = [row["reward"] for row in samples if row["update"] == rows[-1]["update"] and row["chosen"]]
-    assert model.config.reward_mean == pytest.approx(sum(chosen) / len(chosen), abs=1e-4) and len(chosen) == 200
-    assert_ok(run_script("remax.py", *TINY, "--reward-model", folder, "--output-dir", tmp_path / "remax"))
+    chosen = [row for row in rows_of(tmp_path / "r" / "samples.jsonl") if row["chosen"]][-200:]
+    assert {row["update"] for row in chosen} == {rows[-1]["update"]}
+    assert model.config.reward_mean == pytest.approx(mean(chosen, "reward"), abs=1e-4)
+    assert run_here("remax", *TINY, "--reward-model", folder, "--output-dir", tmp_path / "remax") == 0
 
 
 def load(path, tokenizer, max_prompt_length=64, max_length=128):
-    return reward_model.load_pairs(
-        str(path), "train", ("prompt", "chosen", "rejected"), tokenizer, max_prompt_length, max_length
-    )
+    columns = ("prompt", "chosen", "rejected")
+    return reward_model.load_pairs(str(path), "train", columns, tokenizer, max_prompt_length, max_length)
 
 
 def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tokenizer, capsys):
@@ -104,7 +332,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     pairs = load(tmp_path / "p.jsonl", tokenizer, max_prompt_length=4, max_length=40)
     out = capsys.readouterr().out
     assert "2 pairs" in out and "1 with an empty response, dropped" in out
-    assert "1 of equals, dropped" in out and "1 too long, dropped" in out
+    assert "1 of equals, dropped" in out and "1 of more than 40 tokens, dropped" in out
     whole = [tokenizer(long + end)["input_ids"] + [tokenizer.eos_token_id] for end in (" was good.", " was bad.")]
     prompt = len(tokenizer(long)["input_ids"])
     assert list(pairs[0].ids) == [ids[prompt - 4 :] for ids in whole]
@@ -112,9 +340,9 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
 
 
 BAD = {
-    "missing_rejected_one_row.jsonl": ":4: 'rejected' is missing",
-    "null_values.jsonl": ":3: 'chosen' is null",
-    "wrong_types.jsonl": ":2: 'chosen' is a list",
+    "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
+    "null_values.jsonl": ":3: 'chosen' is None",
+    "wrong_types.jsonl": ":2: 'chosen' is [",
     "chosen_equals_rejected_all.jsonl": "no pair is left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
 }
@@ -122,10 +350,10 @@ BAD = {
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the development data beside the project")
 def test_broken_preferences_of_the_development_data(tokenizer, capsys):
-    for name, wanted in BAD.items():
+    for name, expected in BAD.items():
         with pytest.raises(SystemExit) as error:
             load(SHARED / "data" / "bad" / name, tokenizer)
-        assert error.value.code == 2 and wanted in capsys.readouterr().err
+        assert error.value.code == 2 and expected in capsys.readouterr().err
     for name, dropped in (("chosen_equals_rejected.jsonl", "3 of equals"), ("empty_answers.jsonl", "2 with an empty")):
         assert load(SHARED / "data" / "bad" / name, tokenizer, max_length=4096)
         assert dropped in capsys.readouterr().out

@@ -4,20 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import SCRIPTS, read_metrics
-from script_worker import run
+from conftest import EXAMPLE, SCRIPTS, read_metrics, start_backend
+from workers.script_worker import run
 
 import common
 import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
 ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
+OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
 
 
 def flags_of(script, folder, updates, *more):
     short = [] if script == "reward_model" else ["--response-length", "6"]
-    short += ["--num-epochs", "1"] if script == "ppo" else []
-    return [*FLAGS, "--total-episodes", 4 * updates, *short, *more, "--output-dir", f"{folder}/r"]
+    own = OWN.get(script, [])
+    return [*FLAGS, "--total-episodes", 4 * updates, *short, *own, *more, "--output-dir", f"{folder}/r"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -34,7 +35,7 @@ def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
     found = run(script, flags_of(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
-    line = f"error: ten updates in a row were skipped; what was not finite first: {first} in update 3\n"
+    line = f"error: ten updates in a row were skipped: {first} is not finite since update 3\n"
     assert found["status"] == 1 and capsys.readouterr().err.count(line) == 1
     assert len(read_metrics(tmp_path / "r")) == 12
 
@@ -43,7 +44,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, c
 def test_a_model_that_has_diverged_ends_the_run_with_a_line(tmp_path, capsys, script):
     assert run(script, flags_of(script, tmp_path, 4, "--learning-rate", "1e30"))["status"] == 1
     err = capsys.readouterr().err
-    assert ("logits are not finite" if script in ROLLOUTS else "off by a factor of nan") in err
+    assert ("logits are not finite" if script in ROLLOUTS else "of the saved model are off by nan") in err
 
 
 def test_nine_bad_updates_in_a_row_do_not(tmp_path):
@@ -96,35 +97,36 @@ def test_equal_rewards_teach_nothing(tmp_path):
         found = run(script, flags_of(script, tmp_path / script, 3, "--kl-coef", "0", *rewards, *more))
         assert found["status"] == 0 and all((gradient == 0).all() for gradient in found["gradients"])
         assert [row["grad_norm"] for row in read_metrics(tmp_path / script / "r")] == [0, 0, 0]
-    common.start_processes()
+    start_backend()
     assert (ppo.whiten(torch.full((2, 3), 7.0), torch.tensor([[1, 1, 0], [1, 1, 1]])) == 0).all()
 
 
 @pytest.mark.parametrize("script", ROLLOUTS)
-def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, script):
+def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenizer, script):
     """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
     texts = [" the", " a", " movie", " plot"]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=text)) + "\n" for text in texts))
-    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
-    ids = torch.tensor([common.encode(tokenizer, text)[:1] for text in texts])
+    ids = torch.tensor([tokenizer(text)["input_ids"][:1] for text in texts])
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=tokenizer.decode(row))) + "\n" for row in ids))
 
-    def only_eos(model, prompts_BP, prompt_mask_BP, *, num_samples, greedy, eos_ids, **settings):
+    real_generate = common.generate
+
+    def only_eos(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
+        if not eos_ids:  # the check of a model that was loaded
+            return real_generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
         assert prompts_BP.shape[1] == 1
-        return torch.full((len(prompts_BP) * (num_samples + greedy), 1), eos_ids[0])
+        return torch.full((len(prompts_BP) * (num_samples + greedy), sampling.response_length), eos_ids[0])
 
     monkeypatch.setattr(common, "generate", only_eos)
     rewards = function(tmp_path, "[2.0 if text == '' else 1 / 0 for text in responses]")
     found = run(script, flags_of(script, tmp_path, 1, "--dataset", tmp_path / "p.jsonl", *rewards))
     (row,) = read_metrics(tmp_path / "r")
     assert found["status"] == 0 and row["response_length"] == 1 and row["truncated_fraction"] == 0
-    assert row["reward"] == 2 and row["kl"] == pytest.approx(0, abs=1e-6)
-    model = common.load_policy(str(common.EXAMPLE / "policy"), CPU)
-    logprobs = model(ids, torch.ones_like(ids), torch.full_like(ids, tokenizer.eos_token_id), 1.0)
-    # ReMax: the greedy response is the same one. PPO: equal advantages are whitened to 0.
-    (2 * logprobs.mean() * -1 * (script == "reinforce")).backward()
-    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(found["gradients"][0], wanted, rtol=1e-4, atol=1e-6)
-
-
-CPU = common.Placement(torch.device("cpu"), "float32", "sdpa", 0, False, 4)
+    assert row["reward"] == 2 and row.get("kl", 0) == pytest.approx(0, abs=1e-6)
+    sampling = common.Sampling(max_prompt_length=1, response_length=1, temperature=1.0, batch_size=4)
+    model = common.load_policy(str(EXAMPLE / "policy"), tokenizer, sampling, start_backend())
+    logprobs = model(ids, torch.ones_like(ids), torch.full_like(ids, tokenizer.eos_token_id))
+    # ReMax: the greedy response is the same one. PPO: equal advantages are whitened to 0. SPR: weights sum to 1.
+    factor = dict(remax=0, reinforce=2, ppo=0, spr=1)[script]
+    (-factor * logprobs.mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found["gradients"][0], expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,545 @@
+"""Each script is written down a second time, in plain torch, a row at a time, without padding and without common.py.
+
+Of the recorded run a second writing takes the tokens that were drawn, the order of the data and the dealing out of rows
+to minibatches. It computes all the rest itself: every metric, every evaluation and the final weights must agree.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import statistics
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import EXAMPLE, read_metrics, run_here
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import common
+
+UPDATES, BATCH, EVAL, MAX_PROMPT, LENGTH = 4, 6, 5, 9, 12
+RATES = (0.5, 1.0, 1.0, 0.5)  # linear, over four steps of which two are warm-up
+RATE, VALUE_RATE, TEMPERATURE, GAMMA, KL_COEF, PENALTY = 2e-3, 3e-3, 0.8, 0.97, 0.1, 1.5
+FLAGS = f"""
+    --batch-size {BATCH} --eval-every 3 --eval-size {EVAL} --max-prompt-length {MAX_PROMPT} --micro-batch-size 4
+    --learning-rate {RATE} --lr-schedule linear --warmup-ratio 0.5
+""".split()
+ROLLOUT_FLAGS = f"""
+    --response-length {LENGTH} --temperature {TEMPERATURE} --missing-eos-penalty {PENALTY} --rollout-batch-size 4
+    --gold-reward-function {EXAMPLE / "sentiment.py:reward"}
+""".split()
+POLICY_FLAGS = f"--gamma {GAMMA} --kl-coef {KL_COEF} --total-episodes {UPDATES * BATCH}".split()
+
+
+# ---------------------------------------------------------------- The recorded run
+
+
+@dataclasses.dataclass
+class Recorded:
+    metrics: list[dict]
+    samples: list[dict]
+    folder: object
+    engines: list  # in the order in which they were made
+    rollouts: list  # (prompt ids, sampled responses, greedy response or None), in the order in which they were drawn
+    permutations: list
+    batches: list
+
+
+def record(script, flags, folder) -> Recorded:
+    engines, rollouts, permutations, batches = [], [], [], []
+    functions = {name: getattr(common, name) for name in ("generate", "train_engine", "shuffled_batch")}
+    randperm = torch.randperm
+
+    def generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
+        inputs = (prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
+        tokens_RT = functions["generate"](model, *inputs)
+        if not eos_ids:  # the check of a model that was loaded
+            return tokens_RT
+        rows = [row[: row.index(0) + 1] if 0 in row else row for row in tokens_RT.tolist()]  # EOS is 0
+        prompts = [ids[mask == 1].tolist() for ids, mask in zip(prompts_BP, prompt_mask_BP)]
+        for i, prompt in enumerate(prompts):
+            sampled = rows[i * num_samples : (i + 1) * num_samples]
+            rollouts.append((prompt, sampled, rows[len(prompts) * num_samples + i] if greedy else None))
+        return tokens_RT
+
+    def train_engine(*args):
+        engines.append(functions["train_engine"](*args))
+        return engines[-1]
+
+    def shuffled_batch(*args):
+        batches.append(functions["shuffled_batch"](*args))
+        return batches[-1]
+
+    def recorded_randperm(*args, **kwargs):
+        if "generator" not in kwargs:
+            permutations.append(randperm(*args, **kwargs).tolist())
+            return torch.tensor(permutations[-1])
+        return randperm(*args, **kwargs)
+
+    with (
+        patch.multiple(common, generate=generate, train_engine=train_engine, shuffled_batch=shuffled_batch),
+        patch.object(torch, "randperm", recorded_randperm),
+    ):
+        assert run_here(script, *FLAGS, *flags, "--output-dir", folder) == 0
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return Recorded(read_metrics(folder), samples, folder, engines, rollouts, permutations, batches)
+
+
+def assert_agree(recorded, metrics, samples, weights) -> None:
+    """weights: {name: tensor} of the saved model."""
+    measured = ("second", "memory")
+    for found, expected in zip(recorded.metrics, metrics, strict=True):
+        found = {name: value for name, value in found.items() if not any(word in name for word in measured)}
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=2e-5), (name, found["update"])
+    assert len(recorded.samples) == len(samples)
+    for found, expected in zip(recorded.samples, samples, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    (path,) = recorded.folder.glob("*/model.safetensors")
+    assert_equal_weights(load_file(path), weights, RATE)
+
+
+def assert_equal_weights(found, expected, rate) -> None:
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name].detach(), rtol=1e-5, atol=0.01 * rate)
+
+
+# ---------------------------------------------------------------- What the second writings have in common
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adamw(model, rate):
+    return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+
+
+def clipped_step(model, optimizer, rate, max_grad_norm) -> float:
+    """-> the gradient norm before clipping."""
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    for p in model.parameters():
+        p.grad *= min(1.0, max_grad_norm / norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def mean(values) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / len(values)
+
+
+@dataclasses.dataclass
+class Row:
+    """A response: its tokens, its log-probabilities under the frozen initial policy, and its rewards."""
+
+    prompt: list[int]
+    response: list[int]
+    ref_logprobs: torch.Tensor
+    reward: float
+    gold_reward: float
+
+
+class Second:
+    """The models, the data, and the recorded rollouts in the order in which they are read."""
+
+    def __init__(self, recorded, train_rows):
+        self.recorded, self.rollouts, self.samples = recorded, list(recorded.rollouts), []
+        self.tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
+        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy") for _ in range(2))
+        self.reward_model = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "reward_model", num_labels=1)
+        self.reward_tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "reward_model")
+        spec = importlib.util.spec_from_file_location("sentiment", EXAMPLE / "sentiment.py")
+        self.sentiment = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.sentiment)
+        held_out = rows_of(EXAMPLE / "prompts_test.jsonl")[:EVAL]
+        self.texts = {tuple(self.cut(row["prompt"])): row["prompt"] for row in [*train_rows, *held_out]}
+        assert len(self.texts) == len(train_rows) + EVAL  # so that tokens tell the text
+        self.train_texts, self.held_out = ([row["prompt"] for row in rows] for rows in (train_rows, held_out))
+        assert any(len(self.tokenizer(text)["input_ids"]) > MAX_PROMPT for text in self.train_texts)
+        self.drawn, self.initial, self.scored = [], None, True
+
+    def cut(self, text) -> list[int]:
+        return self.tokenizer(text)["input_ids"][-MAX_PROMPT:]
+
+    def text(self, response) -> str:
+        return self.tokenizer.decode(response[:-1] if response[-1] == 0 else response)
+
+    def take(self, count) -> list:
+        taken, self.rollouts = self.rollouts[:count], self.rollouts[count:]
+        return taken
+
+    def batch(self) -> list:
+        """An update's rollouts. Prompts are training prompts, and none comes twice before all have come."""
+        rollouts = self.take(BATCH)
+        self.drawn += [self.texts[tuple(prompt)] for prompt, *_ in rollouts]
+        for start in range(0, len(self.drawn), len(self.train_texts)):
+            epoch = self.drawn[start : start + len(self.train_texts)]
+            assert set(epoch) <= set(self.train_texts) and len(set(epoch)) == len(epoch)
+        return rollouts
+
+    def logprobs(self, model, prompt, response):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return (logits / TEMPERATURE).log_softmax(-1)[range(len(response)), response]
+
+    @torch.no_grad()
+    def rewards(self, prompt, response) -> tuple[float, float]:
+        """-> (reward, gold reward)"""
+        text, answer = self.texts[tuple(prompt)], self.text(response)
+        ids = self.reward_tokenizer(text + answer)["input_ids"] + [self.reward_tokenizer.eos_token_id]
+        score = self.reward_model(torch.tensor([ids])).logits.item() - self.reward_model.config.reward_mean
+        return score - PENALTY * (response[-1] != 0), self.sentiment.reward([text], [answer])[0]
+
+    def row(self, prompt, response) -> Row:
+        with torch.no_grad():
+            ref_logprobs = self.logprobs(self.reference, prompt, response)
+        return Row(prompt, response, ref_logprobs, *self.rewards(prompt, response))
+
+    def assert_greedy(self, prompt, response) -> None:
+        with torch.no_grad():
+            logits = self.policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        assert (logits[range(len(response)), response] > logits.amax(1) - 1e-4).all()
+
+    @torch.no_grad()
+    def evaluation(self, update) -> dict:
+        rows = []
+        for prompt, sampled, response in self.take(EVAL):
+            assert sampled == []
+            self.assert_greedy(prompt, response)
+            row = self.row(prompt, response)
+            text = dict(prompt=self.texts[tuple(prompt)], response=self.text(response))
+            log_ratio = (self.logprobs(self.policy, prompt, response) - row.ref_logprobs).sum().item()
+            numbers = dict(gold_reward=row.gold_reward, log_ratio=log_ratio, response_length=len(response))
+            rows.append(text | (dict(reward=row.reward) if self.scored else {}) | numbers)
+        assert [row["prompt"] for row in rows] == self.held_out
+        self.samples += [dict(update=update) | row for row in rows]
+        self.initial = self.initial or rows
+        means = {f"eval_{name}": mean(row[name] for row in rows) for name in rows[0] if name not in text}
+        if not self.scored:
+            return means
+        wins = [(a["reward"] > b["reward"]) + (a["reward"] == b["reward"]) / 2 for a, b in zip(rows, self.initial)]
+        return means | dict(eval_win_rate=mean(wins))
+
+    def evaluated(self, metrics, update, updates) -> dict:
+        if update == 0:
+            return dict(update=0, episodes=0) | self.evaluation(0)
+        metrics = dict(update=update, episodes=update * BATCH, skipped_updates=0) | metrics
+        return metrics | (self.evaluation(update) if update in (3, updates) else {})
+
+    def rollout_metrics(self, rows, logprobs) -> dict:
+        """What remax, reinforce and ppo say of the sampled rows; logprobs: of the policy that sampled."""
+        return dict(
+            reward=mean(row.reward for row in rows),
+            gold_reward=mean(row.gold_reward for row in rows),
+            kl=mean((logprob - row.ref_logprobs).sum() for row, logprob in zip(rows, logprobs)),
+            entropy=-torch.cat(logprobs).mean().item(),
+            response_length=mean(len(row.response) for row in rows),
+            truncated_fraction=mean(row.response[-1] != 0 for row in rows),
+        )
+
+
+def shaped_rewards(row, logprobs, reward) -> list[float]:
+    shaped = [-KL_COEF * (a - b).item() for a, b in zip(logprobs, row.ref_logprobs)]
+    shaped[-1] += reward
+    return shaped
+
+
+def discounted(rewards, gamma) -> list[float]:
+    return [sum(gamma ** (s - t) * rewards[s] for s in range(t, len(rewards))) for t in range(len(rewards))]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eleven prompts, so that the updates pass over them more than twice -> (rows, flags)"""
+    return write(tmp_path / "prompts.jsonl", rows_of(EXAMPLE / "prompts.jsonl")[:1100:100])
+
+
+def write(path, rows) -> tuple[list[dict], list]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows, ["--dataset", path]
+
+
+def assert_telling(metrics, max_grad_norm, values=("kl", "truncated_fraction")) -> None:
+    """The run is one in which mistakes show."""
+    assert max(row["grad_norm"] for row in metrics[1:]) > 1.2 * max_grad_norm
+    for name in values:
+        assert any(0 < row[name] != 1 for row in metrics[1:]), name
+    assert abs(metrics[-1]["eval_log_ratio"]) > 0.1 and metrics[-1].get("eval_win_rate") != 0.5
+
+
+# ---------------------------------------------------------------- The second writings
+
+
+@pytest.mark.parametrize(
+    "script, more, num_samples",
+    [
+        ("remax", [], 1),
+        ("remax", ["--num-samples", "2"], 2),
+        ("reinforce", [], 1),
+        ("reinforce", ["--baseline", "leave-one-out", "--num-samples", "3"], 3),
+    ],
+)
+def test_remax_and_reinforce(tmp_path, data, script, more, num_samples):
+    flags = [*ROLLOUT_FLAGS, *POLICY_FLAGS, *data[1], "--max-grad-norm", "10", *more]
+    recorded = record(script, flags, tmp_path / "r")
+    second = Second(recorded, data[0])
+    policy, optimizer = second.policy, adamw(second.policy, RATE)
+    metrics = [second.evaluated({}, 0, UPDATES)]
+    for update in range(1, UPDATES + 1):
+        rows, baselines = [], []
+        for prompt, responses, greedy in second.batch():
+            assert len(responses) == num_samples and (greedy is not None) == (script == "remax")
+            rows += [second.row(prompt, response) for response in responses]
+            rewards = [row.reward for row in rows[-num_samples:]]
+            if script == "remax":
+                second.assert_greedy(prompt, greedy)
+                baselines += num_samples * [second.rewards(prompt, greedy)[0]]
+            elif num_samples > 1:
+                baselines += [(sum(rewards) - reward) / (num_samples - 1) for reward in rewards]
+            else:
+                baselines += [0.0]
+        loss, logprobs = 0.0, []
+        for row, baseline in zip(rows, baselines):
+            logprobs.append(second.logprobs(policy, row.prompt, row.response))
+            if script == "remax":  # the baseline is not discounted
+                returns = discounted(shaped_rewards(row, logprobs[-1], row.reward), GAMMA)
+                returns = [value - baseline for value in returns]
+            else:
+                returns = discounted(shaped_rewards(row, logprobs[-1], row.reward - baseline), GAMMA)
+            loss -= (torch.tensor(returns) * logprobs[-1]).sum() / len(rows)
+        loss.backward()
+        found = second.rollout_metrics(rows, [logprob.detach() for logprob in logprobs]) | dict(loss=loss.item())
+        if script == "remax" or num_samples > 1:
+            found["baseline_reward"] = mean(baselines)
+        found["learning_rate"] = RATE * RATES[update - 1]
+        found["grad_norm"] = clipped_step(policy, optimizer, found["learning_rate"], 10)
+        metrics.append(second.evaluated(found, update, UPDATES))
+    assert len(second.rollouts) == 1  # for the check of what was saved
+    assert_telling(metrics, 10)
+    assert_agree(recorded, metrics, second.samples, policy.state_dict())
+
+
+def test_ppo(tmp_path, data):
+    epochs, minibatches, clip, value_clip, lam, max_grad_norm = 2, 2, 0.1, 0.3, 0.9, 1.0
+    flags = f"--num-epochs {epochs} --num-minibatches {minibatches} --clip-range {clip} --gae-lambda {lam}".split()
+    flags += f"--clip-range-value {value_clip} --value-learning-rate {VALUE_RATE}".split()
+    flags += [*ROLLOUT_FLAGS, *POLICY_FLAGS, *data[1], "--max-grad-norm", max_grad_norm]
+    recorded = record("ppo", flags, tmp_path / "r")
+    second = Second(recorded, data[0])
+    policy, optimizer = second.policy, adamw(second.policy, RATE)
+    value = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "reward_model", num_labels=1)
+    value_optimizer = adamw(value, VALUE_RATE)
+    permutations = iter(recorded.permutations)
+
+    def values_of(row):
+        hidden = value.base_model(torch.tensor([row.prompt + row.response])).last_hidden_state
+        return value.score(hidden[0, len(row.prompt) - 1 : -1])[:, 0] - value.config.reward_mean
+
+    value_clipped, metrics = 0, [second.evaluated({}, 0, UPDATES)]
+    for update in range(1, UPDATES + 1):
+        rows = []
+        for prompt, (response,), greedy in second.batch():
+            assert greedy is None
+            rows.append(second.row(prompt, response))
+        with torch.no_grad():
+            old_logprobs = [second.logprobs(policy, row.prompt, row.response) for row in rows]
+            old_values = [values_of(row) for row in rows]
+        advantages, returns = [], []
+        for row, logprobs, values in zip(rows, old_logprobs, old_values):
+            rewards, following = shaped_rewards(row, logprobs, row.reward), [*values.tolist()[1:], 0.0]
+            deltas = [r + GAMMA * v - u for r, v, u in zip(rewards, following, values.tolist())]
+            advantages.append(torch.tensor(discounted(deltas, GAMMA * lam)))
+            returns.append(advantages[-1] + values)
+        everything = torch.cat(advantages).tolist()
+        centre, spread = statistics.mean(everything), statistics.pstdev(everything)
+        advantages = [(advantage - centre) / (spread + 1e-8) for advantage in advantages]
+
+        losses, value_losses, norms, clipped, kls = [], [], [], [], []
+        for _ in range(epochs):
+            order = next(permutations)
+            assert sorted(order) == list(range(BATCH))
+            for part in (order[: BATCH // 2], order[BATCH // 2 :]):
+                tokens = sum(len(rows[i].response) for i in part)
+                loss = value_loss = 0.0
+                for i in part:
+                    logprobs = second.logprobs(policy, rows[i].prompt, rows[i].response)
+                    ratios = (logprobs - old_logprobs[i]).exp()
+                    bounded = ratios.clamp(1 - clip, 1 + clip)
+                    loss -= torch.minimum(ratios * advantages[i], bounded * advantages[i]).sum() / tokens
+                    values = values_of(rows[i])
+                    near = torch.minimum(torch.maximum(values, old_values[i] - value_clip), old_values[i] + value_clip)
+                    value_clipped += (values != near).sum().item()
+                    worse = torch.maximum((values - returns[i]) ** 2, (near - returns[i]) ** 2)
+                    value_loss += 0.5 * worse.sum() / tokens
+                    clipped += [float(abs(ratio - 1) > clip) for ratio in ratios.tolist()]
+                    kls += [ratio - 1 - math.log(ratio) for ratio in ratios.tolist()]
+                (loss + value_loss).backward()
+                norms.append(clipped_step(policy, optimizer, RATE * RATES[update - 1], max_grad_norm))
+                clipped_step(value, value_optimizer, VALUE_RATE * RATES[update - 1], max_grad_norm)
+                losses.append(loss.item())
+                value_losses.append(value_loss.item())
+        found = second.rollout_metrics(rows, old_logprobs) | dict(loss=mean(losses), value_loss=mean(value_losses))
+        found |= dict(clip_fraction=mean(clipped), approx_kl=mean(kls))
+        found |= dict(learning_rate=RATE * RATES[update - 1], grad_norm=mean(norms))
+        metrics.append(second.evaluated(found, update, UPDATES))
+    assert len(second.rollouts) == 1 and not list(permutations)
+    assert_telling(metrics, max_grad_norm, ("kl", "truncated_fraction", "clip_fraction"))
+    assert value_clipped
+    assert_agree(recorded, metrics, second.samples, policy.state_dict())
+    trained = dict(recorded.engines[1].module.model.named_parameters())
+    assert_equal_weights(trained, value.state_dict(), VALUE_RATE)
+
+
+@pytest.mark.parametrize(
+    "weighting, num_samples, demonstrations",
+    [("spr", 3, False), ("spr", 2, True), ("best-of-n", 3, False), ("uniform", 0, True)],
+)
+def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
+    epochs, minibatches, beta, max_grad_norm, updates = 2, 2, 0.7, 10, 2
+    rows, flags = data
+    if demonstrations:
+        tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
+        known = {row["prompt"]: row for row in rows_of(EXAMPLE / "demonstrations.jsonl")[::9]}
+        completions = {prompt: tokenizer(row["completion"])["input_ids"] + [0] for prompt, row in known.items()}
+        rows = [row for prompt, row in known.items() if len(completions[prompt]) <= LENGTH][:8]
+        long = [row for prompt, row in known.items() if len(completions[prompt]) == LENGTH + 1][:3]
+        _, flags = write(tmp_path / "demonstrations.jsonl", long + rows)  # the long ones are dropped
+    flags += f"--weighting {weighting} --num-samples {num_samples} --beta {beta} --num-epochs {epochs}".split()
+    flags += f"--num-minibatches {minibatches} --total-episodes {updates * BATCH}".split()
+    recorded = record("spr", [*ROLLOUT_FLAGS, *flags, "--max-grad-norm", max_grad_norm], tmp_path / "r")
+    second = Second(recorded, rows)
+    permutations = iter(recorded.permutations)
+    second.scored = num_samples > 0
+    metrics = [second.evaluated({}, 0, updates)]
+    for update in range(1, updates + 1):
+        batch = [prompt.text for prompt in recorded.batches[update - 1]]
+        groups = [[] for _ in batch]
+        if num_samples:
+            for group, (prompt, responses, greedy), text in zip(groups, second.batch(), batch):
+                assert len(responses) == num_samples and greedy is None and second.texts[tuple(prompt)] == text
+                group += [second.row(prompt, response) for response in responses]
+        if demonstrations:
+            assert len(long) == 3 and set(batch) <= {row["prompt"] for row in rows}
+            for group, text in zip(groups, batch):
+                group.append(second.row(second.cut(text), completions[text]))
+        weights = []
+        for group in groups:
+            rewards = [row.reward for row in group]
+            if weighting == "spr":
+                powers = [math.exp((reward - max(rewards)) / beta) for reward in rewards]
+            else:
+                powers = [float(weighting == "uniform" or reward == max(rewards)) for reward in rewards]
+            weights.append([power / sum(powers) for power in powers])
+        optimizer = adamw(second.policy, RATE)  # each iteration is a fit of its own
+        losses, norms = [], []
+        for _ in range(epochs):
+            order = next(permutations)
+            assert sorted(order) == list(range(BATCH))
+            for part in (order[: BATCH // 2], order[BATCH // 2 :]):
+                loss = 0.0
+                for i in part:
+                    for row, weight in zip(groups[i], weights[i]):
+                        logprobs = second.logprobs(second.policy, row.prompt, row.response)
+                        loss -= weight * logprobs.sum() / len(part)
+                loss.backward()
+                losses.append(loss.item())
+                norms.append(clipped_step(second.policy, optimizer, RATE * RATES[len(norms)], max_grad_norm))
+        everything = [row for group in groups for row in group]
+        found = dict(
+            gold_reward=mean(row.gold_reward for row in everything),
+            response_length=mean(len(row.response) for row in everything),
+            truncated_fraction=mean(row.response[-1] != 0 for row in everything),
+            weight_ess=mean(1 / sum(weight**2 for weight in group) for group in weights),
+            loss=mean(losses),
+            grad_norm=mean(norms),
+            learning_rate=RATE * RATES[-1],
+        )
+        if second.scored:
+            found["reward"] = mean(row.reward for row in everything)
+            found["best_reward"] = mean(max(row.reward for row in group) for group in groups)
+            pairs = [zip(group, each) for group, each in zip(groups, weights)]
+            found["weighted_reward"] = mean(sum(row.reward * weight for row, weight in pair) for pair in pairs)
+        metrics.append(second.evaluated(found, update, updates))
+        written = rows_of(recorded.folder / f"iteration-{update}.jsonl")
+        for line, row, weight in zip(written, everything, sum(weights, []), strict=True):
+            expected = dict(prompt=second.texts[tuple(row.prompt)], response=second.text(row.response))
+            expected |= dict(reward=row.reward) if second.scored else {}
+            assert line == pytest.approx(
+                expected | dict(gold_reward=row.gold_reward, weight=weight), rel=1e-3, abs=1e-4
+            )
+    assert len(second.rollouts) == 1 and not list(permutations)
+    assert_telling(metrics, max_grad_norm, ["truncated_fraction"] if num_samples else [])
+    assert_agree(recorded, metrics, second.samples, second.policy.state_dict())
+
+
+def test_reward_model(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
+    pairs = rows_of(EXAMPLE / "preferences.jsonl")
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[500:520]))
+    pairs, flags = write(tmp_path / "pairs.jsonl", pairs[:440:40])
+    flags += ["--eval-dataset", tmp_path / "held_out.jsonl", "--total-episodes", UPDATES * BATCH]
+    recorded = record("reward_model", [*flags, "--max-grad-norm", "2", "--seed", "3"], tmp_path / "r")
+    held_out = rows_of(tmp_path / "held_out.jsonl")[:EVAL]
+
+    model = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "policy", num_labels=1)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(96 + 1))
+    optimizer = adamw(model, RATE)
+
+    def ids_of(prompt, response):
+        """Prompts are cut on the left, responses never."""
+        lost = max(0, len(tokenizer(prompt)["input_ids"]) - MAX_PROMPT)
+        return tokenizer(prompt + response)["input_ids"][lost:] + [0]
+
+    def score(prompt, response):
+        hidden = model.base_model(torch.tensor([ids_of(prompt, response)])).last_hidden_state[0, -1]
+        return model.score(hidden)[0]
+
+    samples = []
+
+    @torch.no_grad()
+    def evaluation(update):
+        rows = []
+        for pair in held_out:
+            for name in ("chosen", "rejected"):
+                row = dict(update=update, prompt=pair["prompt"], response=pair[name], chosen=name == "chosen")
+                reward = score(pair["prompt"], pair[name]).item()
+                rows.append(row | dict(reward=reward, length=len(ids_of(pair["prompt"], pair[name]))))
+        samples.extend(rows)
+        rewards = [row["reward"] for row in rows]
+        margins = [a - b for a, b in zip(rewards[::2], rewards[1::2])]
+        return dict(
+            eval_accuracy=mean((x > 0) + (x == 0) / 2 for x in margins),
+            eval_margin=mean(margins),
+            eval_score=mean(rewards),
+            eval_score_std=statistics.stdev(rewards),
+            eval_length_correlation=statistics.correlation(rewards, [float(row["length"]) for row in rows]),
+        )
+
+    metrics, drawn = [dict(update=0, episodes=0) | evaluation(0)], []
+    for update in range(1, UPDATES + 1):
+        batch = [(pair.prompt, *pair.responses) for pair in recorded.batches[update - 1]]
+        drawn += batch
+        loss, margins = 0.0, []
+        for prompt, chosen, rejected in batch:
+            margin = score(prompt, chosen) - score(prompt, rejected)
+            loss += (1 + (-margin).exp()).log() / BATCH
+            margins.append(margin.item())
+        loss.backward()
+        rate = RATE * RATES[update - 1]
+        row = dict(update=update, episodes=update * BATCH, skipped_updates=0, loss=loss.item(), margin=mean(margins))
+        row |= dict(accuracy=mean((x > 0) + (x == 0) / 2 for x in margins), learning_rate=rate)
+        row["grad_norm"] = clipped_step(model, optimizer, rate, 2)
+        metrics.append(row | (evaluation(update) if update in (3, UPDATES) else {}))
+    assert set(drawn[: len(pairs)]) == {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs}
+    assert max(row["grad_norm"] for row in metrics[1:]) > 2.4
+    assert_agree(recorded, metrics, samples, model.state_dict())
+    chosen = mean(row["reward"] for row in samples[-2 * EVAL :: 2])
+    config = json.loads((tmp_path / "r" / "reward_model" / "config.json").read_text())
+    assert config["reward_mean"] == pytest.approx(chosen, abs=1e-4)

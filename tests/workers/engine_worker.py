@@ -1,0 +1,129 @@
+"""Five updates on fixed data: by plain torch, and through the engine on one rank or on several."""
+
+import torch
+from conftest import start_backend, tiny_model
+
+import common
+import remax
+
+ROWS, LEARNING_RATE, MAX_GRAD_NORM = 8, 1e-3, 1.0
+SAMPLING = common.Sampling(max_prompt_length=5, response_length=9, temperature=0.8, batch_size=8)
+# Infinity in the loss leaves its gradients finite; the root of 0 is 0 and its gradient is not finite.
+POISONS = dict(loss=lambda loss: loss + float("inf"), gradient=lambda loss: loss + (0 * loss).sqrt())
+
+
+class NoText:
+    """A tokenizer for models of random ids."""
+
+    eos_token_id = 1
+
+    def __call__(self, text, **kwargs):
+        return dict(input_ids=[2])
+
+    def decode(self, ids, **kwargs):
+        return ""
+
+    def batch_decode(self, rows, **kwargs):
+        return [""] * len(rows)
+
+
+def as_policy(model, sampling=SAMPLING) -> common.ResponseLogprobs:
+    return common.ResponseLogprobs(model, NoText(), sampling, torch.device("cpu"))
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 50, (ROWS, 14), generator=generator)
+    prompt_mask = (torch.arange(5) >= torch.randint(0, 5, (ROWS, 1), generator=generator)).long()
+    lengths = torch.randint(1, 10, (ROWS, 1), generator=generator)
+    mask = (torch.arange(9) < lengths).long()
+    rewards, baselines = torch.randn(2, ROWS, generator=generator)
+    ref_logprobs = -3 * torch.rand(ROWS, 9, generator=generator)
+    return ids[:, :5] * prompt_mask, prompt_mask, ids[:, 5:], mask, rewards, baselines, ref_logprobs
+
+
+def loss_of(module, rows, batch, denominator=ROWS):
+    prompts, prompt_mask, responses, mask, rewards, baselines, ref_logprobs = (x[rows] for x in batch)
+    logprobs = module(prompts, prompt_mask, responses)
+    advantages = remax.advantages(rewards, baselines, logprobs, ref_logprobs, mask, 0.05, 1.0)
+    return remax.policy_loss(logprobs, advantages, mask, denominator)
+
+
+def with_plain_torch(model, updates=5, restart=None, dtype="float32"):
+    """-> (gradient norms, weights): the reference; `restart`: after that many updates the optimizer is a new one."""
+    for p in model.parameters():  # not buffers, such as rotary frequencies
+        p.data = p.data.to(getattr(torch, dtype))
+    module, norms = as_policy(model), []
+    rows = data()[3].sum(1).argsort(descending=True, stable=True)  # in bfloat16 the order of a sum matters
+    masters = [p.detach().float().clone() for p in model.parameters()]
+    for update in range(updates):
+        if update in (0, restart):
+            optimizer = torch.optim.AdamW(masters, LEARNING_RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+        model.zero_grad()
+        loss_of(module, rows, data()).backward()
+        for master, p in zip(masters, model.parameters()):
+            master.grad = p.grad.float()
+        norms.append(torch.nn.utils.clip_grad_norm_(masters, MAX_GRAD_NORM).item())
+        optimizer.step()
+        for master, p in zip(masters, model.parameters()):
+            p.data.copy_(master)
+    return norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poison=None, restart=None, **flags):
+    """-> (gradient norms, weights, skipped steps after each update); `poison`: in the second, on the last rank."""
+    backend = start_backend(zero_stage=zero_stage, micro_batch_size=micro_batch_size, **flags)
+    rank, world_size = backend.rank, backend.world_size
+    rows = ROWS // world_size
+    engine = common.train_engine(as_policy(model), backend, MAX_GRAD_NORM)
+    batch = [x[rank::world_size] for x in data()]
+    norms, skips = [], []
+    for update in range(updates):
+        if update == restart:
+            common.reset_optimizer(engine)
+        with common.whole_model(engine) as whole:  # as a rollout does, a different number of times on each rank
+            for _ in range(1 + rank):
+                whole(torch.arange(4)[None])
+        for chunk, is_last in common.micro_batches(batch[3].sum(1), micro_batch_size):
+            loss = loss_of(engine, chunk, batch, rows)
+            if poison and update == 1 and rank == world_size - 1:
+                loss = POISONS[poison](loss)
+            common.backward(engine, loss, is_last)
+        norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
+        norms.append(norm)
+        skips.append(skipped)
+    with common.whole_model(engine) as whole:
+        return norms, {name: p.detach().clone() for name, p in whole.named_parameters()}, skips
+
+
+def rollout_and_train(model) -> list:
+    """ZeRO-3 with sharded embeddings, ranks whose responses end at different lengths, and several chunks of logits."""
+    backend = start_backend(zero_stage=3, micro_batch_size=4)
+    policy = as_policy(model, common.Sampling(max_prompt_length=3, response_length=12, temperature=1.0, batch_size=4))
+    policy.eos_ids = list(range(2, 4000)) if backend.rank else [1]  # rank 1 ends at once, rank 0 goes on
+    engine = common.train_engine(policy, backend, 1.0)
+    model.config.vocab_size = 2**25 // 4  # claimed, so that a chunk is four positions
+    prompts = [common.Prompt("", [5, 6, 7], {}) for _ in range(4)]
+    widths = []
+    for _ in range(2):
+        common.set_seed(0, backend.rank)
+        responses = common.rollout(engine, prompts, num_samples=1, greedy=False)
+        logprobs = common.forward(engine, responses)
+        widths.append((logprobs.shape[1], int(responses.mask_BT.sum(1).max())))
+        common.backward(engine, (logprobs * responses.mask_BT).sum(), True)
+        common.optimizer_step(engine, 1e-3)
+    return common.gather_rows(widths)
+
+
+def on_this_rank(cases: list[dict]) -> dict:
+    """For `forked`, with several ranks: what test_engine.py compares with plain torch."""
+    kinds = ("gpt2", "llama")
+    return dict(
+        cases=[{kind: with_the_engine(tiny_model(kind), **case) for kind in kinds} for case in cases],
+        poisoned=[
+            with_the_engine(tiny_model("llama"), zero_stage, 2, updates=3, poison=poison)
+            for zero_stage in range(4)
+            for poison in POISONS
+        ],
+        widths=rollout_and_train(tiny_model("llama", vocab_size=4000)),
+    )

@@ -1,0 +1,95 @@
+"""main() of the scripts, watched and disturbed; many in one process, since a start of its own takes each 4 s."""
+
+import contextlib
+import functools
+import importlib
+from unittest.mock import patch
+
+import torch
+from conftest import run_here
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load_file, save_file
+from workers.engine_worker import POISONS
+
+import common
+
+LOSSES = ("policy_loss", "value_loss", "preference_loss", "weighted_nll")
+
+
+def fixed_responses(update):
+    """A `generate` whose responses depend on the prompt and the update alone, so on no rank and on no weight."""
+    real_generate = common.generate
+
+    def generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
+        if not eos_ids:  # the check of a model that was loaded
+            return real_generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy)
+        prompts = [ids[mask == 1].tolist() for ids, mask in zip(prompts_BP, prompt_mask_BP)]
+        keys = [(*p, sample) for p in prompts for sample in range(num_samples)] + [(*p, -1) for p in prompts] * greedy
+        rows = []
+        for key in keys:
+            generator = torch.Generator().manual_seed(hash((*key, update())) % 2**63)
+            row = torch.randint(1, 200, (sampling.response_length,), generator=generator)
+            row[torch.randint(sampling.response_length, (), generator=generator) :] = eos_ids[0]
+            rows.append(row)
+        return torch.stack(rows)
+
+    return generate
+
+
+def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=False) -> dict:
+    """main() of a script -> its exit status, what each optimizer step saw, and its last weights.
+
+    `gradients`: one flat tensor per step; `moments`: the sum of the sizes of Adam's moments before the step.
+    `fixed`: the responses do not depend on the policy. `poisoned`: (updates, how): in these the last rank's losses or
+    gradients are not finite. `spoiled`: the files of the saved model are not quite what was trained.
+    """
+    module, update = importlib.import_module(script), 0
+    seen = dict(gradients=[], moments=[], weights={})
+    updates, how = poisoned
+    step, set_seed, save_and_check = common.optimizer_step, common.set_seed, common.save_and_check
+
+    def watched_step(engine, *args):
+        parameters = dict(engine.module.named_parameters())
+        seen["gradients"].append(torch.cat([safe_get_full_grad(p).flatten().clone() for p in parameters.values()]))
+        states = [value for state in engine.basic_optimizer.state.values() for value in state.values()]
+        seen["moments"].append(sum(value.abs().sum().item() for value in states))
+        return step(engine, *args)
+
+    def poisoned_loss(loss, *args, **kwargs):
+        poison = update in updates and common.dist.get_rank() == common.dist.get_world_size() - 1
+        value = loss(*args, **kwargs)
+        return POISONS[how](value) if poison else value
+
+    def counted_seed(*numbers):
+        nonlocal update
+        update = numbers[1]
+        set_seed(*numbers)
+
+    def watched_save(engine, tokenizer, folder, load, *args):
+        with common.whole_model(engine) as model:
+            seen["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def load_spoiled(path, backend):
+            saved = load_file(folder / "model.safetensors")
+            save_file({name: p * 1.5 for name, p in saved.items()}, folder / "model.safetensors", dict(format="pt"))
+            return load(path, backend)
+
+        save_and_check(engine, tokenizer, folder, load_spoiled if spoiled else load, *args)
+
+    with contextlib.ExitStack() as stack:
+        for name, new in (
+            ("optimizer_step", watched_step),
+            ("set_seed", counted_seed),
+            ("save_and_check", watched_save),
+            *([("generate", fixed_responses(lambda: update))] if fixed else []),
+        ):
+            stack.enter_context(patch.object(common, name, new))
+        for name, loss in [(name, value) for name, value in vars(module).items() if name in LOSSES]:
+            stack.enter_context(patch.object(module, name, functools.partial(poisoned_loss, loss)))
+        seen["status"] = run_here(script, *flags)
+    return seen
+
+
+def run_all(cases: list[dict]) -> list[dict]:
+    """For `forked`, with several ranks."""
+    return [run(**case) for case in cases]
