@@ -98,13 +98,13 @@ def tiny_model(kind: str, vocab_size: int = 50, **kwargs):
     import transformers
 
     torch.manual_seed(0)
-    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1) | kwargs
+    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1, initializer_range=0.3) | kwargs
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ids)
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ids)
         model = transformers.GPT2LMHeadModel(config)
     else:
         shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.3, **ids)
+        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, **ids)
         model = transformers.LlamaForCausalLM(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
