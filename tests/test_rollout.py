@@ -14,7 +14,7 @@ MANY_EOS = [1, *range(20, 32)]  # so that rows end at different lengths
 class Numbers:
     """A tokenizer whose texts are the ids."""
 
-    eos_token_id = 1
+    eos_token_id, vocab_size = 1, 20
 
     def batch_decode(self, rows, skip_special_tokens):
         assert skip_special_tokens
@@ -251,6 +251,27 @@ def test_the_decoding_view_shares_weights_but_not_checkpointing(model):
     assert len(list(policy.named_parameters())) == len(list(model.named_parameters()))
     assert not policy.whole.training
     assert not any(getattr(module, "gradient_checkpointing", False) for module in policy.whole.modules())
+
+
+def with_dropout(kind):
+    """As modules, and as numbers that the forward reads."""
+    import transformers
+
+    ids = dict(vocab_size=20, bos_token_id=1, eos_token_id=1, pad_token_id=1)
+    if kind == "modules":
+        shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0.5, resid_pdrop=0.5)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **ids))
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16)
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**shape, **ids, max_position_embeddings=32, dropout=0.5))
+
+
+@pytest.mark.parametrize("kind", ["modules", "numbers"])
+def test_dropout_is_off_in_training(tmp_path, kind):
+    with_dropout(kind).save_pretrained(tmp_path)
+    policy = common.load_policy(str(tmp_path), Numbers(), common.Sampling(16, 16, 1.0, 8), start_backend())
+    ids, ones = torch.arange(6)[None], torch.ones(1, 3, dtype=torch.long)
+    once, again = (policy(ids[:, :3], ones, ids[:, 3:]) for _ in range(2))
+    assert policy.training and torch.equal(once, again)
 
 
 def responses_to_prompts(policy) -> common.Responses:
