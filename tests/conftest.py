@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "examples" / "reviews"
 SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
-SCRIPTS = ("remax", "reinforce", "ppo", "reward_model")
+SCRIPTS = ("remax", "reinforce", "ppo", "spr", "reward_model")
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
