@@ -86,13 +86,13 @@ WRONG_FLAGS = {  # script: flags | what is said
         --resume no/such/run | no readable args.json""",
     "reinforce": "--baseline leave-one-out | --baseline leave-one-out needs --num-samples 2 or more",
     "ppo": """
-        --num-minibatches 5 | --num-minibatches 5
+        --num-minibatches 5 | (times --num-minibatches)
         --response-length 65 | is more than the 128 positions of""",
     "spr": """
         --num-samples 0 | 'completion'
         --offload | needs --zero-stage 1, 2 or 3
         --batch-size 2000 | --total-episodes 1024 is less than
-        --num-minibatches 5 | --num-minibatches 5
+        --num-minibatches 5 | (times --num-minibatches)
         --beta 0 | is not a number above 0
         --weighting best | weighting
         --response-length 65 | is more than the 128 positions of
@@ -342,7 +342,7 @@ MODELS = {  # how it is made: (scripts, what is said)
     truncated: ("remax reward_model", "no model could be loaded"),
     a_reward_model: ("remax reinforce spr", "is a reward model"),
     no_weights: ("remax", "no model could be loaded"),
-    no_tokenizer: ("remax reward_model", "no tokenizer could be loaded"),
+    no_tokenizer: ("remax reward_model", "tokenizer"),
     broken_config: ("remax", "could be loaded"),
     few_tokens: ("remax reward_model", "tokens"),
 }
@@ -364,6 +364,12 @@ def few_reward_tokens(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
+def no_reward_tokenizer(folder, tokenizer):
+    shutil.copytree(REWARD_MODEL, folder, dirs_exist_ok=True)
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
 def bert_classifier(folder, tokenizer):
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, num_labels=1)
     config = transformers.BertConfig(**shape, vocab_size=len(tokenizer), pad_token_id=0)
@@ -383,20 +389,20 @@ REWARD_MODELS = {
     bert_classifier: "has no linear head",
     two_labels: "could be loaded",
     without_eos: "EOS token",
-    no_tokenizer: "no tokenizer could be loaded",
+    no_reward_tokenizer: "tokenizer",
     truncated: "no model could be loaded",
 }
 
 
+@pytest.mark.parametrize("script", ["remax", "ppo", "spr"])
 @pytest.mark.parametrize("make", REWARD_MODELS)
-def test_models_that_cannot_score(tmp_path, capsys, make):
+def test_models_that_cannot_score(tmp_path, capsys, make, script):
     (tmp_path / "rm").mkdir()
     make(tmp_path / "rm", common.load_tokenizer(str(POLICY)))
-    for script in ("remax", "ppo", "spr"):
-        status = run_here(script, *SHORT, "--reward-model", tmp_path / "rm", "--output-dir", tmp_path / "r")
-        line = one_line(capsys)
-        assert status == 2 and f"{tmp_path / 'rm'}: " in line and REWARD_MODELS[make] in line, (script, line)
-        assert not (tmp_path / "r").exists(), script
+    assert run_here(script, *SHORT, "--reward-model", tmp_path / "rm", "--output-dir", tmp_path / "r") == 2
+    line = one_line(capsys)
+    assert f"{tmp_path / 'rm'}: " in line and REWARD_MODELS[make] in line, line
+    assert not (tmp_path / "r").exists()
 
 
 def capped_logits(module, inputs, output):
@@ -438,9 +444,7 @@ CODE = {  # body: (status, what is said)
 
 
 @pytest.mark.parametrize("body", CODE)
-@pytest.mark.parametrize(
-    "script, flag", [("remax", "--reward-function"), ("spr", "--reward-function"), ("remax", "--gold-reward-function")]
-)
+@pytest.mark.parametrize("script, flag", [("remax", "--reward-function"), ("spr", "--gold-reward-function")])
 def test_reward_functions_that_misbehave_in_training(tmp_path, capsys, body, script, flag):
     (tmp_path / "f.py").write_text(f"def reward(prompts, responses, **columns):\n    {body}\n")
     spec = f"{tmp_path}/f.py:reward"

@@ -70,6 +70,15 @@ def test_the_three_commands_work_on_a_user_s_own_data(tmp_path, monkeypatch):
     assert {saved["model"], saved["reward_model"]} == {str(path) for path in folders} - {str(folder / "policy")}
 
 
+def test_the_readme_s_table_and_line_of_code_are_those_of_the_scripts():
+    lines = dict(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|.*?\| ([\d,]+) \|", README, re.M))
+    assert lines.keys() == {*MODULES, "common.py"}
+    for name, number in lines.items():
+        assert number == f"{len((ROOT / name).read_text().splitlines()):,}", name
+    (line, *_) = [text.strip() for kind, text in BLOCKS if kind == "python"]
+    assert line in (ROOT / "remax.py").read_text() and "baseline_rewards_B" in line
+
+
 def test_linked_files_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links and all((ROOT / link.partition("#")[0]).exists() for link in links)

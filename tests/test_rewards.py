@@ -41,6 +41,22 @@ def test_a_column_that_only_some_rows_have_arrives_with_none_for_the_others(tmp_
     assert reward_file(tmp_path, code)(batch).tolist() == [0, 0]
 
 
+def test_a_function_s_file_is_read_once_and_keeps_its_state(tmp_path):
+    code = """
+import math
+calls = 0
+def helper(text):
+    return math.sqrt(len(text)) + calls
+def reward(prompts, responses):
+    global calls
+    calls += 1
+    return map(helper, responses)
+"""
+    reward = reward_file(tmp_path, code)
+    (tmp_path / "f.py").unlink()
+    assert [reward(responses(["", "four"])).tolist() for _ in range(2)] == [[1.0, 3.0], [2.0, 4.0]]
+
+
 def test_a_function_cannot_change_the_responses(tmp_path):
     code = "def reward(prompts, responses):\n    responses[:] = ['spoiled'] * 2\n    return [0, 0]\n"
     batch = responses(["x", "y"])

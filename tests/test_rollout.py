@@ -176,6 +176,25 @@ def test_samples_follow_the_policy_however_many_are_decoded_at_once(rollout_batc
     assert (greedy == greedy[0]).all()
 
 
+@pytest.mark.parametrize("num_samples, greedy", [(2, True), (2, False), (0, False)])
+def test_a_demonstration_follows_the_samples_of_its_prompt(model, num_samples, greedy):
+    prompts, policy = prompts_of(PROMPTS), policy_of(model, temperature=1e-4)
+    for prompt, demonstration in zip(prompts, ([40, 1], [41, 42, 43, 1], [1])):
+        prompt.demonstration = demonstration
+    answers = common.rollout(policy, prompts, num_samples=0, greedy=True)
+    found = common.rollout(policy, prompts, num_samples, greedy, demonstrations=True)
+    rows = [row[mask == 1].tolist() for row, mask in zip(found.tokens_BT, found.mask_BT)]
+    expected, order = [], []
+    for i, prompt in enumerate(prompts):
+        expected += num_samples * [answers.tokens_BT[i][answers.mask_BT[i] == 1].tolist()] + [prompt.demonstration]
+        order += (num_samples + 1) * [prompt]
+    if greedy:
+        expected += [row[mask == 1].tolist() for row, mask in zip(answers.tokens_BT, answers.mask_BT)]
+        order += prompts
+    assert rows == expected and found.prompts == order
+    assert found.ended_B[num_samples] and found.texts[num_samples] == "40"
+
+
 def test_rows_are_taken_by_slices_and_by_numbers(model):
     responses = common.rollout(policy_of(model), prompts_of(PROMPTS), num_samples=1, greedy=True)
     for rows, numbers in ((slice(2, 5), [2, 3, 4]), ([5, 0], [5, 0])):
@@ -276,8 +295,10 @@ def test_dropout_is_off_in_training(tmp_path, kind):
 
 def responses_to_prompts(policy) -> common.Responses:
     lengths = common.response_mask(RESPONSES, [1]).sum(1).tolist()
-    rows = [row[:n] for row, n in zip(RESPONSES.tolist(), lengths, strict=True)]
-    return common.responses_of(policy, prompts_of(PROMPTS), rows)
+    prompts = prompts_of(PROMPTS)
+    for prompt, row, n in zip(prompts, RESPONSES.tolist(), lengths, strict=True):
+        prompt.demonstration = row[:n]
+    return common.rollout(policy, prompts, num_samples=0, greedy=False, demonstrations=True)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 100])
