@@ -14,7 +14,18 @@ import typing
 import pytest
 import torch
 import transformers
-from conftest import EXAMPLE, ROOT, SCRIPTS, SHARED, read_metrics, run_here, run_script, start_backend, tiny_model
+from conftest import (
+    EXAMPLE,
+    ROOT,
+    SCRIPTS,
+    SHARED,
+    example_tokenizer,
+    read_metrics,
+    run_here,
+    run_script,
+    start_backend,
+    tiny_model,
+)
 from safetensors.torch import load_file
 
 import common
@@ -81,7 +92,8 @@ WRONG_FLAGS = {  # script: flags | what is said
         --gold-reward-function nothing.py:f | no such reward function
         --reward-model examples/reviews/policy | score.weight
         --offload | needs --zero-stage
-        --attention flash_attention_2 | no model could be loaded
+        --attention flash_attention_2 | --attention flash_attention_2 computes in 16 bits only
+        --attention flash_attention_2 --dtype bfloat16 | no model could be loaded
         --output-dir /proc/nothing | --output-dir /proc/nothing: 
         --resume no/such/run | no readable args.json""",
     "reinforce": "--baseline leave-one-out | --baseline leave-one-out needs --num-samples 2 or more",
@@ -119,6 +131,7 @@ def test_wrong_flags_are_told_in_one_line(tmp_path, monkeypatch, capsys, script,
 def test_wrong_flags_are_told_by_one_rank_only(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # another rank than 0 replaces it
         for flags, message in (("--batch-size 0", "is not a whole number above 0"), ("--no-such-flag 1", "no-such")):
             assert run_here("remax", *flags.split()) == 2
@@ -178,7 +191,7 @@ PROMPT_FILES = {  # name: (content, what is said)
 
 @pytest.fixture
 def chat_tokenizer():
-    tokenizer = common.load_tokenizer(str(POLICY))
+    tokenizer = example_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     return tokenizer
 
@@ -334,6 +347,25 @@ def few_tokens(folder, tokenizer):
     gpt2(folder, tokenizer, vocab_size=len(tokenizer) - 5)
 
 
+def recurrent(folder, tokenizer):
+    """Its state reads the padding."""
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, lru_width=32)
+    config = transformers.RecurrentGemmaConfig(**shape, vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def added_tokens(folder, tokenizer):
+    """An added token has no row in the model's embeddings."""
+    gpt2(folder, tokenizer)
+    tokenizer.add_tokens(["of the"])
+    tokenizer.save_pretrained(folder)
+
+
 MODELS = {  # how it is made: (scripts, what is said)
     bert: ("remax ppo", "is not causal"),
     t5: ("remax", "no model could be loaded"),
@@ -345,13 +377,15 @@ MODELS = {  # how it is made: (scripts, what is said)
     no_tokenizer: ("remax reward_model", "tokenizer"),
     broken_config: ("remax", "could be loaded"),
     few_tokens: ("remax reward_model", "tokens"),
+    recurrent: ("remax", "RecurrentGemmaForCausalLM is not supported"),
+    added_tokens: ("remax spr reward_model", "has no embedding of 'of the'"),
 }
 
 
 @pytest.mark.parametrize("script, make", [(s, make) for make, (names, _) in MODELS.items() for s in names.split()])
 def test_models_that_cannot_be_trained(tmp_path, capsys, script, make):
     (tmp_path / "m").mkdir()
-    make(tmp_path / "m", common.load_tokenizer(str(POLICY)))
+    make(tmp_path / "m", example_tokenizer())
     assert run_here(script, *SHORT, "--model", tmp_path / "m", "--output-dir", tmp_path / "r") == 2
     line = one_line(capsys)
     assert MODELS[make][1] in line and str(tmp_path / "m") in line, line
@@ -398,31 +432,59 @@ REWARD_MODELS = {
 @pytest.mark.parametrize("make", REWARD_MODELS)
 def test_models_that_cannot_score(tmp_path, capsys, make, script):
     (tmp_path / "rm").mkdir()
-    make(tmp_path / "rm", common.load_tokenizer(str(POLICY)))
+    make(tmp_path / "rm", example_tokenizer())
     assert run_here(script, *SHORT, "--reward-model", tmp_path / "rm", "--output-dir", tmp_path / "r") == 2
     line = one_line(capsys)
     assert f"{tmp_path / 'rm'}: " in line and REWARD_MODELS[make] in line, line
     assert not (tmp_path / "r").exists()
 
 
-def capped_logits(module, inputs, output):
-    output.logits = 2 * (output.logits / 2).tanh()
+def changed_logits(model):
+    def hook(module, inputs, output):
+        output.logits = 2 * (output.logits / 2).tanh()
+
+    model.register_forward_hook(hook)
 
 
-def peek(module, inputs, output):
-    output.last_hidden_state += output.last_hidden_state.mean(1, keepdim=True)
+def seen_future(model):
+    def hook(module, inputs, output):
+        output.last_hidden_state += output.last_hidden_state.mean(1, keepdim=True)
+
+    model.model.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("part, hook", [("", capped_logits), ("model", peek)])
-def test_models_whose_log_probabilities_would_be_wrong(monkeypatch, capsys, part, hook):
-    """Logits that change after the output embedding; hidden states that see the tokens after them."""
-    model = tiny_model("llama")
-    model.get_submodule(part).register_forward_hook(hook)
+def noise(model):
+    def hook(module, inputs, output):
+        output.last_hidden_state += module.training * torch.randn_like(output.last_hidden_state)
+
+    model.model.register_forward_hook(hook)
+
+
+def seen_padding(model, only_decoding=False):
+    def hook(module, inputs, kwargs):
+        if kwargs["attention_mask"] is not None and (kwargs["input_ids"].shape[1] == 1 or not only_decoding):
+            kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
+        return inputs, kwargs
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def seen_padding_in_decoding(model):
+    seen_padding(model, only_decoding=True)
+
+
+@pytest.mark.parametrize("spoil", [changed_logits, seen_future, noise, seen_padding, seen_padding_in_decoding])
+def test_models_whose_log_probabilities_would_be_wrong(monkeypatch, capsys, spoil):
+    sampling = common.Sampling(8, 8, 1.0, 8)
     monkeypatch.setattr(common, "load_model", lambda *args, **kwargs: model)
+    model = tiny_model("llama")
+    common.load_policy("m", example_tokenizer(), sampling, start_backend())
+    spoil(model)
     with pytest.raises(SystemExit) as error:
-        common.load_policy("m", common.load_tokenizer(str(POLICY)), common.Sampling(8, 8, 1.0, 8), start_backend())
+        common.load_policy("m", example_tokenizer(), sampling, start_backend())
     line = one_line(capsys)
-    assert error.value.code == 2 and "a LlamaForCausalLM is not causal, or changes its logits" in line
+    assert error.value.code == 2 and "m: a LlamaForCausalLM is not supported: it " in line
+    assert ("when it decodes" in line) == (spoil == seen_padding_in_decoding)
 
 
 # ---------------------------------------------------------------- Rewards

@@ -4,7 +4,7 @@ import collections
 import json
 
 import pytest
-from conftest import EXAMPLE, start_backend
+from conftest import example_tokenizer, start_backend
 
 import common
 
@@ -92,7 +92,7 @@ def test_a_bos_stays_in_front_when_a_prompt_is_cut():
 
 
 def test_a_text_gets_one_bos_at_the_most():
-    tokenizer = common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer = example_tokenizer()
     tokenizer.bos_token = "<|pad|>"
     ids = tokenizer("<|pad|><|pad|>The plot")["input_ids"]
     assert ids[0] == ids[1] == tokenizer.bos_token_id
@@ -101,7 +101,7 @@ def test_a_text_gets_one_bos_at_the_most():
 
 
 def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
-    tokenizer = common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer = example_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
     messages = [dict(role="system", content="Be brief"), dict(role="user", content="Hi")]
     (prompt,) = load(write(tmp_path / "a.jsonl", json.dumps(dict(prompt=messages, label=3))), tokenizer)

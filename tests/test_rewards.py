@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import start_backend, tiny_model
+from conftest import number_tokenizer, start_backend, tiny_model
 
 import common
 
@@ -75,11 +75,21 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     config = dict(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1)
     config = transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1, pad_token_id=pad, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
+    model.score.__class__ = common.ScalarHead
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
     found = common.LastTokenScore(model).eval()(*common.pad(rows, "right", torch.device("cpu")))
     for score, row in zip(found, rows, strict=True):
         hidden = model.transformer(torch.tensor([row])).last_hidden_state
-        torch.testing.assert_close(score, model.score(hidden[0, -1])[0])
+        torch.testing.assert_close(score, (model.score.weight @ hidden[0, -1])[0])
+
+
+def test_scores_are_float32_whatever_the_model_computes_in():
+    """Scores near 6 that differ by 1/100, which bfloat16 would round away."""
+    head = torch.nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
+    head.__class__ = common.ScalarHead
+    head.weight.data[:] = torch.tensor([6.0, 0.01, 0.0, 0.0])
+    scores_B = head(torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0]], dtype=torch.bfloat16))
+    assert scores_B.dtype == torch.float32 and 0.009 < scores_B.diff() < 0.011
 
 
 def test_the_text_of_a_reward_model_ends_with_one_eos_and_is_cut_on_the_left(tokenizer):
@@ -119,25 +129,18 @@ def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_pa
 # ---------------------------------------------------------------- Evaluation
 
 
-class Letters:
-    """A tokenizer whose texts have one letter per token."""
-
-    eos_token_id = 1
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return ["".join(chr(65 + token) for token in row if token != 1) for row in rows]
-
-
 def test_an_evaluation_compares_the_policy_s_greedy_responses_with_the_reference():
     start_backend()
     sampling = common.Sampling(8, 6, temperature=0.7, batch_size=2)
     models = tiny_model("gpt2"), tiny_model("gpt2")
     for parameter in models[1].parameters():
         parameter.data *= 0.7  # another model
-    policy, reference = (common.ResponseLogprobs(model, Letters(), sampling, torch.device("cpu")) for model in models)
+    policy, reference = (
+        common.ResponseLogprobs(model, number_tokenizer(), sampling, torch.device("cpu")) for model in models
+    )
     policy.eos_ids = [1, *range(20, 32)]
     prompts = [common.Prompt(str(i), row, {}) for i, row in enumerate(([5, 6, 7], [8, 9], [12, 1, 13], [14]))]
-    rewards = dict(reward=lambda batch: torch.tensor([float(text.count("A")) for text in batch.texts]))
+    rewards = dict(reward=lambda batch: torch.tensor([float(len(text)) for text in batch.texts]))
     rows = common.evaluate(policy, reference, prompts, rewards, micro_batch_size=3)
 
     greedy = common.rollout(policy, prompts, num_samples=0, greedy=True)
@@ -151,7 +154,7 @@ def test_an_evaluation_compares_the_policy_s_greedy_responses_with_the_reference
                 logits = model.eval()(ids).logits[0, len(prompts[i].ids) - 1 : -1] / 0.7
             logprobs.append(logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum().item())
         assert row["log_ratio"] == pytest.approx(logprobs[0] - logprobs[1], abs=1e-3) and abs(row["log_ratio"]) > 0.1
-        assert row["response_length"] == len(tokens) and row["reward"] == row["response"].count("A")
+        assert row["response_length"] == len(tokens) and row["reward"] == len(row["response"])
 
 
 def test_an_evaluation_s_metrics_are_means_and_a_tie_wins_half():

@@ -2,23 +2,14 @@
 
 import pytest
 import torch
-from conftest import left_padded, start_backend, tiny_model
+from conftest import left_padded, number_tokenizer, start_backend, tiny_model
 
 import common
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 1, 13]]  # an EOS id (1) inside a prompt is just a token
 MANY_EOS = [1, *range(20, 32)]  # so that rows end at different lengths
-
-
-class Numbers:
-    """A tokenizer whose texts are the ids."""
-
-    eos_token_id, vocab_size = 1, 20
-
-    def batch_decode(self, rows, skip_special_tokens):
-        assert skip_special_tokens
-        return [" ".join(str(token) for token in row if token != self.eos_token_id) for row in rows]
+NUMBERS = number_tokenizer()
 
 
 def decode(model, rows=PROMPTS, num_samples=1, greedy=True, length=12, temperature=1.0, eos_ids=(1,)):
@@ -30,7 +21,7 @@ def decode(model, rows=PROMPTS, num_samples=1, greedy=True, length=12, temperatu
 
 def policy_of(model, temperature=1.0, response_length=12, rollout_batch_size=100) -> common.ResponseLogprobs:
     sampling = common.Sampling(64, response_length, temperature, rollout_batch_size)
-    return common.ResponseLogprobs(model, Numbers(), sampling, CPU)
+    return common.ResponseLogprobs(model, NUMBERS, sampling, CPU)
 
 
 def prompts_of(rows) -> list[common.Prompt]:
@@ -100,8 +91,15 @@ def test_decoding_stops_when_all_have_ended_and_any_eos_id_ends_a_row(model):
         assert set(row[n - 1 :]) == {row[n - 1]} < set(range(1, 25))
 
 
-def test_logits_that_are_not_finite_end_the_run_with_a_line(model, capsys):
-    model.get_output_embeddings().weight.data[3] = float("nan")
+@pytest.mark.parametrize("first_step", [1, 3])
+def test_logits_that_are_not_finite_end_the_run_with_a_line(model, capsys, first_step):
+    steps = []
+
+    def hook(module, inputs, logits):
+        steps.append(logits)
+        logits[-1, -1, 3] = float("nan") if len(steps) >= first_step else 0.0
+
+    model.get_output_embeddings().register_forward_hook(hook)
     with pytest.raises(SystemExit) as error:
         decode(model)
     assert error.value.code == 1 and "logits are not finite" in capsys.readouterr().err
@@ -159,7 +157,7 @@ def test_a_rollout_s_rows_fit_together(model):
         tokens = responses.tokens_BT[i][responses.mask_BT[i] == 1].tolist()
         assert not set(tokens[:-1]) & set(MANY_EOS)
         assert responses.ended_B[i] == (tokens[-1] in MANY_EOS) and (responses.ended_B[i] or len(tokens) == 12)
-        assert responses.texts[i] == Numbers().batch_decode([tokens], True)[0]
+        assert responses.texts[i] == "".join(f" {token}" for token in tokens if token != 1)
 
 
 @pytest.mark.parametrize("rollout_batch_size", [1, 120, 100_000])
@@ -192,7 +190,7 @@ def test_a_demonstration_follows_the_samples_of_its_prompt(model, num_samples, g
         expected += [row[mask == 1].tolist() for row, mask in zip(answers.tokens_BT, answers.mask_BT)]
         order += prompts
     assert rows == expected and found.prompts == order
-    assert found.ended_B[num_samples] and found.texts[num_samples] == "40"
+    assert found.ended_B[num_samples] and found.texts[num_samples] == " 40"
 
 
 def test_rows_are_taken_by_slices_and_by_numbers(model):
@@ -205,6 +203,55 @@ def test_rows_are_taken_by_slices_and_by_numbers(model):
             assert torch.equal(getattr(part, name), getattr(responses, name)[numbers])
     rows = responses[:2].rows(reward=[0.5, 1.5])
     assert rows[1] == dict(prompt="1", response=responses.texts[1], reward=1.5) and len(rows) == 2
+
+
+# ---------------------------------------------------------------- Texts
+
+
+def words_tokenizer():
+    """Like Llama's: a word begins with its space, which decoding leaves out where a text begins."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["</s>", "<unk>", "▁a", "▁The", "▁plot", "▁was", "▁great", "was", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    tokenizer.num_embeddings = len(words)
+    return tokenizer
+
+
+def test_texts_are_decoded_as_they_stand_after_a_prompt(tokenizer):
+    words = words_tokenizer()
+    rows = [[5, 6, 8, 0], [7, 6], [0], []]
+    assert words.decode(rows[0], skip_special_tokens=True) == "was great."  # the space is lost
+    assert common.decode(words, rows) == [" was great.", "was great", "", ""]
+    texts = [" was a treat.", "was a treat.", " ", "", "\n\nNo.", "🎬"]
+    rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert common.decode(tokenizer, rows) == texts
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_texts_are_decoded_whole_where_the_tokenizer_knows_no_letters(unknown):
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["</s>", "<unk>", *"0123456789+= "]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token=unknown)
+    rows = [[words.index(letter) for letter in text] + [0] for text in ("12 + 7=19", "3")]
+    assert common.decode(tokenizer, rows) == ["12 + 7=19", "3"]
+
+
+def test_demonstrations_are_encoded_as_they_stand_after_a_prompt(tokenizer):
+    words = words_tokenizer()
+    assert common.encode_response(words, " was great.") == [5, 6, 8]
+    for text in (" was a treat.", "was a treat.", "\nNo.", ""):
+        assert common.encode_response(tokenizer, text) == tokenizer(text)["input_ids"]
 
 
 # ---------------------------------------------------------------- Log-probabilities
@@ -287,7 +334,7 @@ def with_dropout(kind):
 @pytest.mark.parametrize("kind", ["modules", "numbers"])
 def test_dropout_is_off_in_training(tmp_path, kind):
     with_dropout(kind).save_pretrained(tmp_path)
-    policy = common.load_policy(str(tmp_path), Numbers(), common.Sampling(16, 16, 1.0, 8), start_backend())
+    policy = common.load_policy(str(tmp_path), number_tokenizer(20), common.Sampling(16, 16, 1.0, 8), start_backend())
     ids, ones = torch.arange(6)[None], torch.ones(1, 3, dtype=torch.long)
     once, again = (policy(ids[:, :3], ones, ids[:, 3:]) for _ in range(2))
     assert policy.training and torch.equal(once, again)
@@ -343,6 +390,7 @@ def test_values_are_read_where_a_token_is_predicted(extra):
     shape = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape)).eval()
     model.config.reward_mean = 0.75
+    model.score.__class__ = common.ScalarHead
     prompts, mask = left_padded(PROMPTS)
     prompts = torch.cat([torch.full((3, extra), 4), prompts], 1)
     mask = torch.cat([torch.zeros(3, extra, dtype=torch.long), mask], 1)
@@ -351,5 +399,5 @@ def test_values_are_read_where_a_token_is_predicted(extra):
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES.tolist(), strict=True)):
             for t in range(len(response)):  # the value of token t has seen what comes before it
                 hidden = model.transformer(torch.tensor([prompt + response[:t]])).last_hidden_state
-                expected = model.score(hidden[0, -1])[0] - 0.75
+                expected = (model.score.weight @ hidden[0, -1])[0] - 0.75
                 torch.testing.assert_close(found[i, t], expected, atol=1e-5, rtol=1e-4)
