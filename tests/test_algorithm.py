@@ -222,6 +222,28 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logprobs, advantages, mask: remax.policy_loss(logprobs, advantages, mask, 3),
+        lambda logprobs, advantages, mask: reinforce.policy_loss(logprobs, advantages, mask, 3),
+        lambda logprobs, advantages, mask: ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
+        lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
+        lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),
+    ],
+)
+def test_masked_entries_of_no_input_of_a_loss_matter(loss):
+    _, _, logprobs, advantages, mask = batch()
+    clean, noise = (fill * (1 - mask) for fill in (0.0, 1e4))
+    results = []
+    for fill in (clean, noise):
+        inputs = (logprobs * mask + fill).requires_grad_()
+        value = loss(inputs, advantages * mask - fill, mask)
+        results.append((value, *torch.autograd.grad(value, inputs)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert (results[1][1][mask == 0] == 0).all()
+
+
 def test_types_follow_the_first_argument():
     rewards, baselines, logprobs, ref_logprobs, mask = batch()
     found = remax.advantages(rewards.double(), baselines, logprobs, ref_logprobs, mask, 0.1, 1.0)

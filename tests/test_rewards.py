@@ -141,7 +141,7 @@ def test_an_evaluation_compares_the_policy_s_greedy_responses_with_the_reference
     policy.eos_ids = [1, *range(20, 32)]
     prompts = [common.Prompt(str(i), row, {}) for i, row in enumerate(([5, 6, 7], [8, 9], [12, 1, 13], [14]))]
     rewards = dict(reward=lambda batch: torch.tensor([float(len(text)) for text in batch.texts]))
-    rows = common.evaluate(policy, reference, prompts, rewards, micro_batch_size=3)
+    rows = common.evaluate(policy, reference, prompts, rewards, micro_batch_size=4)
 
     greedy = common.rollout(policy, prompts, num_samples=0, greedy=True)
     assert [row["prompt"] for row in rows] == list("0123") and [row["response"] for row in rows] == greedy.texts
