@@ -1,77 +1,163 @@
-"""The pure functions of remax.py, reinforce.py and ppo.py against exact enumeration and slow references."""
+"""The pure functions of the scripts against exact enumeration and slow references."""
 
+import inspect
 import itertools
 import math
+import textwrap
+import types
 
 import pytest
 import torch
+from conftest import start_backend
 
 import ppo
 import reinforce
 import remax
 import reward_model
+import spr
+
+# ---------------------------------------------------------------- A language small enough to enumerate
 
 VOCABULARY, LENGTH, EOS = 3, 3, 0
+# S sentences: each ends at EOS or after LENGTH tokens.
+SENTENCES = [
+    tokens
+    for length in range(1, LENGTH + 1)
+    for tokens in itertools.product(range(VOCABULARY), repeat=length)
+    if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == LENGTH)
+]
+MASK_ST = torch.tensor([[t < len(s) for t in range(LENGTH)] for s in SENTENCES])
 
 
-def sentences() -> list[tuple[int, ...]]:
-    """Every response of the language: it ends at EOS or at LENGTH tokens."""
-    found = []
-    for length in range(1, LENGTH + 1):
-        for tokens in itertools.product(range(VOCABULARY), repeat=length):
-            if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == LENGTH):
-                found.append(tokens)
-    return found
+def draw(*shape, seed=2) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Language:
     """A policy with one row of logits per context, so that every expectation is a finite sum."""
 
     def __init__(self, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.contexts = {s[:i]: None for s in sentences() for i in range(len(s))}
-        self.row = {context: i for i, context in enumerate(self.contexts)}
-        self.logits = torch.randn(len(self.row), VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
+        self.contexts = sorted({s[:t] for s in SENTENCES for t in range(len(s))})
+        self.logits = draw(len(self.contexts), VOCABULARY, seed=seed).requires_grad_()
 
-    def logprobs(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        return torch.stack([self.logits.log_softmax(-1)[self.row[tokens[:i]], t] for i, t in enumerate(tokens)])
+    def logprobs(self, fill: float) -> torch.Tensor:
+        """-> logprobs_ST, with `fill` at masked entries, which may hold anything."""
+        logprobs = self.logits.log_softmax(-1)
+        rows = [[logprobs[self.contexts.index(s[:t]), s[t]] for t in range(len(s))] for s in SENTENCES]
+        return torch.stack([torch.stack(row + [torch.tensor(fill).double()] * (LENGTH - len(row))) for row in rows])
+
+    def greedy(self) -> int:
+        """The number of the greedy sentence."""
+        tokens = ()
+        while tokens not in SENTENCES:
+            tokens += (self.logits[self.contexts.index(tokens)].argmax().item(),)
+        return SENTENCES.index(tokens)
 
 
-def padded(values: torch.Tensor, fill: float) -> torch.Tensor:
-    return torch.cat([values, values.new_full((LENGTH - len(values),), fill)])[None]
+def probabilities(logprobs_ST):
+    return (logprobs_ST * MASK_ST).sum(1).exp()
+
+
+def objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef):
+    """E[r] − kl_coef · KL(π ‖ π_ref), exactly."""
+    log_ratios_S = ((logprobs_ST - ref_logprobs_ST) * MASK_ST).sum(1)
+    return (probabilities(logprobs_ST) * (rewards_S - kl_coef * log_ratios_S)).sum()
+
+
+def test_the_language_is_whole():
+    assert len(SENTENCES) == 15
+    assert probabilities(Language(0).logprobs(-5.0)).sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("baseline", [0.0, 1.7, -30.0])
 def test_expected_gradient_is_that_of_the_kl_regularised_objective_for_any_baseline(baseline):
-    policy, reference, kl_coef = Language(0), Language(1), 0.3
-    generator = torch.Generator().manual_seed(2)
-    rewards = {s: torch.randn((), generator=generator, dtype=torch.float64) for s in sentences()}
+    policy, kl_coef, rewards_S = Language(0), 0.3, draw(len(SENTENCES))
+    logprobs_ST, ref_logprobs_ST = policy.logprobs(-5.0), Language(1).logprobs(9.0).detach()
+    baselines_S = torch.full_like(rewards_S, baseline)
+    advantages_ST = remax.advantages(rewards_S, baselines_S, logprobs_ST, ref_logprobs_ST, MASK_ST, kl_coef, 1.0)
+    weights_S1 = probabilities(logprobs_ST).detach()[:, None]
+    loss = remax.policy_loss(logprobs_ST, weights_S1 * advantages_ST, MASK_ST, 1)
 
-    objective, surrogate = 0.0, 0.0
-    for s in sentences():
-        logprobs, ref_logprobs = policy.logprobs(s), reference.logprobs(s).detach()
-        probability = logprobs.sum().exp()
-        objective = objective + probability * (rewards[s] - kl_coef * (logprobs - ref_logprobs).sum())
-        mask_BT = padded(torch.ones(len(s)), 0)
-        logprobs_BT, ref_BT = padded(logprobs, -5.0), padded(ref_logprobs, 9.0)  # masked entries hold anything
-        advantages_BT = remax.advantages(
-            rewards[s][None], torch.tensor([baseline], dtype=torch.float64), logprobs_BT, ref_BT, mask_BT, kl_coef, 1.0
-        )
-        surrogate = surrogate + probability.detach() * remax.policy_loss(logprobs_BT, advantages_BT, mask_BT, 1)
+    objective_value = objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef)
+    (expected,) = torch.autograd.grad(objective_value, policy.logits, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, policy.logits)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(-found, expected, rtol=1e-10, atol=1e-12)
 
-    (wanted,) = torch.autograd.grad(objective, policy.logits, retain_graph=True)
-    (found,) = torch.autograd.grad(surrogate, policy.logits)
-    assert wanted.abs().max() > 0.01
-    torch.testing.assert_close(-found, wanted, rtol=1e-10, atol=1e-12)
+
+def step_4(script, **names) -> dict:
+    """Runs the lines of step 4 of the script's main(), as they stand there -> its variables."""
+    source = inspect.getsource(script.main)
+    lines = source[source.index("        # 4. Score\n") : source.index("        score_time = ")]
+    variables = vars(script) | names
+    exec(textwrap.dedent(lines), variables)
+    return variables
+
+
+def rollouts(num_samples: int):
+    """Two policies; each possible tuple of samples of a policy is a prompt of its own, with adjacent rows.
+
+    -> (policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, greedy_rewards_P, probabilities_B, objective_value)
+    """
+    policies, ref_logprobs_ST = [Language(0), Language(3)], Language(1).logprobs(9.0).detach()
+    tuples_PN = torch.cartesian_prod(*[torch.arange(len(SENTENCES))] * num_samples).view(-1, num_samples)
+    rows_B = tuples_PN.flatten()
+    parts, objective_value = [], 0.0
+    for seed, policy in enumerate(policies):
+        rewards_S = draw(len(SENTENCES), seed=5 + seed)
+        logprobs_ST = policy.logprobs(-5.0)
+        objective_value = objective_value + objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef=0.3)
+        probabilities_P = probabilities(logprobs_ST).detach()[tuples_PN].prod(1)
+        greedy_rewards_P = rewards_S[policy.greedy()].expand(len(tuples_PN))
+        part = (logprobs_ST[rows_B], ref_logprobs_ST[rows_B], MASK_ST[rows_B], rewards_S[rows_B], greedy_rewards_P)
+        parts.append((*part, probabilities_P.repeat_interleave(num_samples)))
+    return policies, *map(torch.cat, zip(*parts, strict=True)), objective_value
+
+
+def assert_unbiased(policies, loss, objective_value):
+    parameters = [policy.logits for policy in policies]
+    expected = torch.autograd.grad(objective_value, parameters, retain_graph=True)
+    found = [-gradient for gradient in torch.autograd.grad(loss, parameters)]
+    assert min(gradient.abs().max() for gradient in expected) > 0.01
+    torch.testing.assert_close(found, list(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3])
+def test_samples_that_share_their_prompt_s_greedy_baseline_are_unbiased(num_samples):
+    policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, greedy_P, weights_B, value = rollouts(num_samples)
+    names = dict(B=len(rewards_B), args=types.SimpleNamespace(num_samples=num_samples))
+    rewards_R = torch.cat([rewards_B, greedy_P])  # a rollout's order
+    scored = step_4(remax, responses=rewards_R, rewards=dict(reward=lambda responses: responses), **names)
+    assert torch.equal(scored["rewards_B"], rewards_B)
+    half = len(rewards_B) // 2  # the rows of the first policy
+    assert greedy_P[0] != greedy_P[-1]
+    assert (scored["baselines_B"][:half] == greedy_P[0]).all() and (scored["baselines_B"][half:] == greedy_P[-1]).all()
+
+    inputs = (scored["rewards_B"], scored["baselines_B"], logprobs_BT, ref_logprobs_BT, mask_BT)
+    advantages_BT = weights_B[:, None] * remax.advantages(*inputs, 0.3, 1.0)
+    assert_unbiased(policies, remax.policy_loss(logprobs_BT, advantages_BT, mask_BT, num_samples), value)
+
+
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_samples_whose_baseline_is_the_mean_of_the_others_are_unbiased(num_samples):
+    policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, value = rollouts(num_samples)
+    args = types.SimpleNamespace(num_samples=num_samples, baseline="leave-one-out")
+    scored = step_4(reinforce, sampled=rewards_B, rewards=dict(reward=lambda responses: responses), args=args)
+    inputs = (scored["rewards_B"] - scored["baselines_B"], logprobs_BT, ref_logprobs_BT, mask_BT)
+    advantages_BT = weights_B[:, None] * reinforce.advantages(*inputs, 0.3, 1.0)
+    assert_unbiased(policies, reinforce.policy_loss(logprobs_BT, advantages_BT, mask_BT, num_samples), value)
+
+
+# ---------------------------------------------------------------- remax.py
 
 
 def batch(B=5, T=7, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0], lengths[1] = 1, T
-    mask = (torch.arange(T) < lengths[:, None]).long()
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
-    return draw(B), draw(B), draw(B, T), draw(B, T), mask
+    lengths_B = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths_B[0], lengths_B[1] = 1, T
+    mask_BT = (torch.arange(T) < lengths_B[:, None]).long()
+    shapes = ((B,), (B,), (B, T), (B, T))
+    return *(torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes), mask_BT
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
@@ -79,16 +165,16 @@ def batch(B=5, T=7, seed=0, dtype=torch.float32):
 def test_advantages_match_a_slow_reference(gamma, mask_type):
     rewards, baselines, logprobs, ref_logprobs, mask = batch()
     kl_coef = 0.2
-    wanted = torch.zeros_like(logprobs)
+    expected = torch.zeros_like(logprobs)
     for i in range(len(rewards)):
         last = int(mask[i].sum()) - 1
         for t in range(last + 1):
             for s in range(t, last + 1):
                 shaped = -kl_coef * (logprobs[i, s] - ref_logprobs[i, s]) + (rewards[i] if s == last else 0)
-                wanted[i, t] += gamma ** (s - t) * shaped
-            wanted[i, t] -= baselines[i]
+                expected[i, t] += gamma ** (s - t) * shaped
+            expected[i, t] -= baselines[i]
     found = remax.advantages(rewards, baselines, logprobs, ref_logprobs, mask.to(mask_type), kl_coef, gamma)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, expected)
     assert (found[mask == 0] == 0).all()
 
 
@@ -136,6 +222,28 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logprobs, advantages, mask: remax.policy_loss(logprobs, advantages, mask, 3),
+        lambda logprobs, advantages, mask: reinforce.policy_loss(logprobs, advantages, mask, 3),
+        lambda logprobs, advantages, mask: ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
+        lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
+        lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),
+    ],
+)
+def test_masked_entries_of_no_input_of_a_loss_matter(loss):
+    _, _, logprobs, advantages, mask = batch()
+    clean, noise = (fill * (1 - mask) for fill in (0.0, 1e4))
+    results = []
+    for fill in (clean, noise):
+        inputs = (logprobs * mask + fill).requires_grad_()
+        value = loss(inputs, advantages * mask - fill, mask)
+        results.append((value, *torch.autograd.grad(value, inputs)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert (results[1][1][mask == 0] == 0).all()
+
+
 def test_types_follow_the_first_argument():
     rewards, baselines, logprobs, ref_logprobs, mask = batch()
     found = remax.advantages(rewards.double(), baselines, logprobs, ref_logprobs, mask, 0.1, 1.0)
@@ -146,12 +254,13 @@ def test_types_follow_the_first_argument():
     assert remax.policy_loss(half, found, mask.double(), 3).dtype == torch.bfloat16
     assert ppo.policy_loss(half, logprobs, found, mask.double(), 0.2, 3).dtype == torch.bfloat16
     assert ppo.value_loss(half, logprobs, logprobs, mask.double(), 0.2, 3).dtype == torch.bfloat16
+    assert spr.weighted_nll(half, rewards.double(), mask.double(), 3).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- reinforce.py
 
 
-def test_reinforce_is_remax_without_a_baseline():
+def test_a_baseline_of_zero_is_no_baseline():
     rewards, _, logprobs, ref_logprobs, mask = batch()
     for kl_coef, gamma in ((0.0, 1.0), (0.2, 0.9)):
         rest = (logprobs, ref_logprobs, mask, kl_coef, gamma)
@@ -176,60 +285,47 @@ def test_gae_matches_a_slow_reference(gamma, gae_lambda):
     rewards, _, logprobs, ref_logprobs, mask = batch()
     values = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(9))
     kl_coef = 0.2
-    wanted = torch.zeros_like(logprobs)
+    expected = torch.zeros_like(logprobs)
     for i in range(len(rewards)):
         n = int(mask[i].sum())
         value = [values[i, t] if t < n else 0.0 for t in range(n + 1)]
         for t in range(n):
             for s in range(t, n):
                 shaped = -kl_coef * (logprobs[i, s] - ref_logprobs[i, s]) + (rewards[i] if s == n - 1 else 0)
-                wanted[i, t] += (gamma * gae_lambda) ** (s - t) * (shaped + gamma * value[s + 1] - value[s])
+                expected[i, t] += (gamma * gae_lambda) ** (s - t) * (shaped + gamma * value[s + 1] - value[s])
     found, returns = ppo.advantages(rewards, values, logprobs, ref_logprobs, mask, kl_coef, gamma, gae_lambda)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(returns, (wanted + values) * mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(returns, (expected + values) * mask)
 
 
-def test_gae_with_lambda_one_and_no_values_is_reinforce():
+def test_gae_with_lambda_one_and_no_values_is_the_return():
     rewards, _, logprobs, ref_logprobs, mask = batch()
     zeros = torch.zeros_like(logprobs)
     found, returns = ppo.advantages(rewards, zeros, logprobs, ref_logprobs, mask, 0.2, 0.9, 1.0)
-    wanted = reinforce.advantages(rewards, logprobs, ref_logprobs, mask, 0.2, 0.9)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(returns, wanted)
+    expected = reinforce.advantages(rewards, logprobs, ref_logprobs, mask, 0.2, 0.9)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(returns, expected)
 
 
 def test_gae_with_exact_values_has_the_gradient_of_the_objective():
     """Any λ is unbiased where V is the true value: by enumeration."""
-    policy, reference, kl_coef = Language(0), Language(1), 0.3
-    generator = torch.Generator().manual_seed(2)
-    rewards = {s: torch.randn((), generator=generator, dtype=torch.float64) for s in sentences()}
-
-    def expected_return(context):
-        total = 0.0
-        for s in sentences():
-            if s[: len(context)] == context:
-                tail = (policy.logprobs(s) - reference.logprobs(s)).detach()[len(context) :]
-                total += policy.logprobs(s).detach()[len(context) :].sum().exp() * (rewards[s] - kl_coef * tail.sum())
-        return total
-
-    objective, surrogate = 0.0, 0.0
-    for s in sentences():
-        logprobs, ref_logprobs = policy.logprobs(s), reference.logprobs(s).detach()
-        probability = logprobs.sum().exp()
-        objective = objective + probability * (rewards[s] - kl_coef * (logprobs - ref_logprobs).sum())
-        values = torch.stack([expected_return(s[:t]) for t in range(len(s))])
-        mask_BT = padded(torch.ones(len(s)), 0)
-        inputs = (padded(values, 7.0), padded(logprobs.detach(), -5.0), padded(ref_logprobs, 9.0), mask_BT)
-        advantages_BT, _ = ppo.advantages(rewards[s][None], *inputs, kl_coef, 1.0, 0.4)
-        logprobs_BT = padded(logprobs, -5.0)
-        loss = ppo.policy_loss(logprobs_BT, logprobs_BT.detach(), advantages_BT, mask_BT, 0.2, 1)
-        surrogate = surrogate + probability.detach() * loss
-    (wanted,) = torch.autograd.grad(objective, policy.logits, retain_graph=True)
-    (found,) = torch.autograd.grad(surrogate, policy.logits)
-    torch.testing.assert_close(-found, wanted, rtol=1e-8, atol=1e-10)
+    policy, kl_coef, rewards_S = Language(0), 0.3, draw(len(SENTENCES))
+    logprobs_ST, ref_logprobs_ST = policy.logprobs(0.0), Language(1).logprobs(0.0).detach()
+    values_ST = torch.full(MASK_ST.shape, 7.0, dtype=torch.float64)
+    for i, sentence in enumerate(SENTENCES):
+        for t in range(len(sentence)):
+            rows = [j for j, other in enumerate(SENTENCES) if other[:t] == sentence[:t]]
+            tails = logprobs_ST.detach()[rows, t:]
+            log_ratios = (tails - ref_logprobs_ST[rows, t:]).sum(1)
+            values_ST[i, t] = (tails.sum(1).exp() * (rewards_S[rows] - kl_coef * log_ratios)).sum()
+    inputs = (values_ST, logprobs_ST, ref_logprobs_ST, MASK_ST)
+    advantages_ST, _ = ppo.advantages(rewards_S, *inputs, kl_coef, gamma=1.0, gae_lambda=0.4)
+    advantages_ST = advantages_ST * probabilities(logprobs_ST).detach()[:, None]
+    loss = ppo.policy_loss(logprobs_ST, logprobs_ST.detach(), advantages_ST, MASK_ST, 0.2, 1)
+    assert_unbiased([policy], loss, objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef))
 
 
-def test_ppo_losses_match_slow_references_and_stop_where_clipped():
+def test_clipped_losses_match_slow_references_and_stop_where_clipped():
     _, _, logprobs, old_logprobs, mask = batch()
     generator = torch.Generator().manual_seed(5)
     advantages, values, old_values, returns = torch.randn(4, *mask.shape, generator=generator)
@@ -250,7 +346,7 @@ def test_ppo_losses_match_slow_references_and_stop_where_clipped():
     assert ppo.value_loss(huge, old_values - huge * (1 - mask), returns, mask, 0.2, 3).item() == pytest.approx(value)
 
 
-def test_at_ratio_one_the_gradient_of_ppo_is_that_of_remax_s_loss():
+def test_at_ratio_one_the_clipped_loss_has_the_gradient_of_the_plain_one():
     rewards, baselines, logprobs, ref_logprobs, mask = batch()
     advantages = remax.advantages(rewards, baselines, logprobs, ref_logprobs, mask, 0.1, 1.0)
     logprobs.requires_grad_()
@@ -260,17 +356,95 @@ def test_at_ratio_one_the_gradient_of_ppo_is_that_of_remax_s_loss():
 
 
 def test_whitening_counts_real_tokens_only():
-    import common
-
-    common.start_processes()
+    start_backend()
     _, _, values, _, mask = batch(B=4, T=6)
     white = ppo.whiten(values, mask)
     real = white[mask == 1]
-    assert real.mean().item() == pytest.approx(0, abs=1e-6) and real.std(correction=0).item() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert real.mean().item() == pytest.approx(0, abs=1e-6)
+    assert real.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert (white[mask == 0] == 0).all()
     assert (ppo.whiten(torch.ones(4, 6), mask) == 0).all()  # no spread: no NaN
+
+
+# ---------------------------------------------------------------- spr.py
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0, 30.0])
+def test_weights_are_a_softmax_and_do_not_mind_a_constant(beta):
+    rewards_BN = 3 * draw(6, 5).float()
+    weights_BN = spr.sample_weights(rewards_BN, spr.reference_value(rewards_BN, beta), beta)
+    assert weights_BN.dtype == torch.float64
+    torch.testing.assert_close(weights_BN, (rewards_BN.double() / beta).softmax(1))
+    torch.testing.assert_close(weights_BN.sum(1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(spr.weights_of(rewards_BN, "spr", beta), weights_BN)
+    shifted_BN = rewards_BN.double() + 17.0
+    torch.testing.assert_close(spr.sample_weights(shifted_BN, spr.reference_value(shifted_BN, beta), beta), weights_BN)
+    expected = [beta * math.log(sum(math.exp(r / beta) for r in row)) for row in (rewards_BN / 10).tolist()]
+    torch.testing.assert_close(spr.reference_value(rewards_BN / 10, beta).tolist(), expected)
+
+
+def test_weights_stay_exact_for_a_beta_far_below_the_differences_of_the_rewards():
+    rewards_BN = torch.tensor([[1000.0, 1000.5, -1000.0]])
+    weights_BN = spr.weights_of(rewards_BN, "spr", 1e-6)
+    assert weights_BN.tolist() == [[0, 1, 0]]
+
+
+def test_the_limits_of_beta_are_best_of_n_and_uniform():
+    rewards_BN = draw(7, 4).float()
+    rewards_BN[0, 1] = rewards_BN[0, 3] = 9.0  # a tie
+    for beta, weighting in ((1e-6, "best-of-n"), (1e6, "uniform")):
+        beta = beta * (rewards_BN.max() - rewards_BN.min()).item()
+        limit_BN = spr.weights_of(rewards_BN, weighting, beta=math.nan)
+        torch.testing.assert_close(limit_BN.sum(1), torch.ones(7, dtype=torch.float64))
+        torch.testing.assert_close(spr.weights_of(rewards_BN, "spr", beta), limit_BN, rtol=0, atol=1e-5)
+    assert spr.weights_of(rewards_BN, "best-of-n", 1.0)[0].tolist() == [0, 0.5, 0, 0.5]
+    assert (spr.weights_of(rewards_BN, "uniform", 1.0) == 0.25).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
+def test_a_beta_that_is_no_temperature_is_refused(beta):
+    rewards_BN = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="beta"):
+        spr.reference_value(rewards_BN, beta)
+    with pytest.raises(ValueError, match="beta"):
+        spr.sample_weights(rewards_BN, torch.zeros(1), beta)
+
+
+def test_weighted_nll_matches_a_slow_reference_and_adds_up():
+    _, _, logprobs, noise, mask = batch()
+    generator = torch.Generator().manual_seed(3)
+    rows, tokens = torch.rand(5, generator=generator, dtype=torch.float64), torch.rand(5, 7, generator=generator)
+    for weights in (rows, tokens):
+        expected = 0.0
+        for i, t in mask.nonzero().tolist():
+            expected -= (weights[i] if weights.dim() == 1 else weights[i, t]).item() * logprobs[i, t].item() / 3
+        found = spr.weighted_nll(logprobs, weights, mask, 3)
+        assert found.item() == pytest.approx(expected, rel=1e-5) and found.dtype == torch.float32
+        parts = [spr.weighted_nll(logprobs[i : i + 2], weights[i : i + 2], mask[i : i + 2], 3) for i in (0, 2, 4)]
+        assert sum(parts).item() == pytest.approx(expected, rel=1e-5)
+        hidden = logprobs + 1e4 * noise * (1 - mask)
+        assert spr.weighted_nll(hidden, weights, mask.bool(), torch.tensor(3)).item() == found.item()
+        assert not spr.weighted_nll(logprobs, weights.requires_grad_(), mask, 3).requires_grad
+
+
+def test_exact_updates_follow_theorem_1_and_never_lose_expected_reward():
+    """The weighted likelihood is greatest at the closed form, again and again."""
+    policy, beta, rewards_S = Language(0), 0.7, draw(len(SENTENCES), seed=6)
+    rewards_before = []
+    for _ in range(6):
+        old_S = (policy.logprobs(3.0) * MASK_ST).sum(1).detach()
+        rewards_before.append((old_S.exp() * rewards_S).sum().item())
+        reference = beta * (old_S + rewards_S / beta).logsumexp(0)  # eq. 8: the expectation under π_k
+        weights_S = old_S.exp() * spr.sample_weights(rewards_S[None], reference[None], beta)[0]
+        new_S = old_S.exp() * ((rewards_S - reference) / beta).exp()  # Theorem 1
+        assert new_S.sum().item() == pytest.approx(1)
+        for i, context in enumerate(policy.contexts):  # the closed form, as the logits of each context
+            for word in range(VOCABULARY):
+                follows = [s[: len(context) + 1] == (*context, word) for s in SENTENCES]
+                policy.logits.data[i, word] = new_S[torch.tensor(follows)].sum().log()
+        (gradient,) = torch.autograd.grad(spr.weighted_nll(policy.logprobs(3.0), weights_S, MASK_ST, 1), policy.logits)
+        assert gradient.abs().max() < 1e-12
+    assert all(b > a for a, b in itertools.pairwise(rewards_before)) and rewards_before[-1] > rewards_before[0] + 0.5
 
 
 # ---------------------------------------------------------------- reward_model.py
@@ -279,5 +453,5 @@ def test_whitening_counts_real_tokens_only():
 def test_preference_loss_is_the_negative_log_likelihood_of_bradley_terry():
     chosen, rejected = torch.tensor([1.0, -2.0, 80.0, -80.0]), torch.tensor([0.5, 3.0, -80.0, 80.0])
     found = reward_model.preference_loss(chosen, rejected)
-    wanted = [math.log1p(math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
-    assert found.item() == pytest.approx(sum(wanted) / 4, rel=1e-6)
+    expected = [math.log1p(math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert found.item() == pytest.approx(sum(expected) / 4, rel=1e-6)

@@ -1,27 +1,24 @@
-"""Reading prompts: formats, truncation, chat messages, and errors that name the file and the line."""
+"""Reading prompts: formats, truncation, chat messages, held-out rows and the stream of batches."""
 
 import collections
 import json
 
 import pytest
-from conftest import SHARED
+from conftest import example_tokenizer, start_backend
 
 import common
 
 
-def write(path, *lines: str):
+def write(path, *lines: str) -> str:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
-def refused(capsys, call, *args) -> str:
-    with pytest.raises(SystemExit) as error:
-        call(*args)
-    assert error.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
+def load(path, tokenizer, max_length=64) -> list[common.Prompt]:
+    return common.load_prompts(str(path), "train", "prompt", tokenizer, max_length)
 
+
+# ---------------------------------------------------------------- Files
 
 ROWS = [dict(prompt="It was", label="a, b"), dict(prompt='They "said"', label="ü\u2028x")]
 
@@ -47,54 +44,44 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path, ending):
     assert [where for where, _ in common.load_rows(str(path))] == [f"{path}:1", f"{path}:2"]
 
 
-@pytest.mark.parametrize(
-    "name, content, wanted",
-    [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "y\n', "a.jsonl:2: "),
-        ("a.jsonl", b'{"prompt": "x"}\n\n["y"]\n', "a.jsonl:3: a list"),
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
-        ("a.jsonl", b" \n\n", "a.jsonl: no rows"),
-        ("a.json", b'{"prompt": "x"}', "a.json: entry 1: a str"),
-        ("a.json", b"[1", "a.json: "),
-        ("a.csv", b"prompt,label\nx,1\ny\n", "a.csv:3: not 2 columns"),
-        ("a.jsonl", b'{"prompt": "\\ud800"}\n', "a.jsonl:1: "),
-        ("a.parquet", b"PAR", "a.parquet: "),
-    ],
-)
-def test_bad_files_are_refused_by_line(tmp_path, capsys, name, content, wanted):
-    (tmp_path / name).write_bytes(content)
-    assert wanted in refused(capsys, common.load_rows, str(tmp_path / name))
+def test_sound_files_that_look_odd_are_read_whole(tmp_path, tokenizer):
+    texts = ["a\u2028b", "a\x85b", "a\x0bb", "<|endoftext|>", "🎬", " x "]  # Unicode's line breaks end no line of jsonl
+    path = tmp_path / "p.JSONL"
+    path.write_text("".join(json.dumps(dict(prompt=text), ensure_ascii=False) + "\n\n" for text in texts))
+    assert [prompt.text for prompt in load(path, tokenizer)] == texts
 
 
-def test_missing_file(tmp_path, capsys):
-    assert "No such file" in refused(capsys, common.load_rows, str(tmp_path / "none.jsonl"))
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_values_are_what_the_file_says(tmp_path, tokenizer, suffix):
+    """A text that looks like a date stays a text, a whole number a whole number, an object without a key without it."""
+    rows = [dict(prompt="2020-01-01 10:00:00", day="2020-01-01", n=1, more=dict(a=1))]
+    rows += [dict(prompt="2020-01-02 10:00:00", day="2020-01-02", n=2.5, more=dict(b=[2, "x"]))]
+    lines = [json.dumps(rows)] if suffix == "json" else map(json.dumps, rows)
+    prompts = load(write(tmp_path / f"p.{suffix}", *lines), tokenizer)
+    assert [dict(prompt=prompt.text) | prompt.columns for prompt in prompts] == rows
+    assert isinstance(prompts[0].columns["n"], int)
 
 
-@pytest.mark.parametrize(
-    "row, wanted",
-    [
-        ("{}", "a.jsonl:2: no column 'prompt'"),
-        ('{"prompt": null}', "a.jsonl:2: 'prompt' is null"),
-        ('{"prompt": 3}', "a.jsonl:2: 'prompt' is a int"),
-        ('{"prompt": []}', "a.jsonl:2: 'prompt' is a list"),
-        ('{"prompt": [{"role": "user"}]}', "a.jsonl:2: 'prompt' is a list"),
-        ('{"prompt": [{"role": "user", "content": "Hi"}]}', "has no chat template"),
-    ],
-)
-def test_bad_prompts_are_refused_by_line(tmp_path, capsys, tokenizer, row, wanted):
-    path = write(tmp_path / "a.jsonl", '{"prompt": "x"}', row)
-    assert wanted in refused(capsys, common.load_prompts, path, "train", "prompt", tokenizer, 8)
+def test_a_csv_column_without_a_name_is_just_a_column(tmp_path, tokenizer):
+    """As exported with its index: it holds no demonstrations."""
+    (tmp_path / "p.csv").write_text(",prompt\n0,The plot\n1,The cast\n")
+    prompts = load(tmp_path / "p.csv", tokenizer)
+    assert [prompt.text for prompt in prompts] == ["The plot", "The cast"] and prompts[0].demonstration is None
+    assert prompts[1].columns == {"": "1"}
+
+
+# ---------------------------------------------------------------- Prompts
 
 
 def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path, capsys, tokenizer):
     long = "The acting in this film was a joy and the rest was a mess"
     path = write(tmp_path / "a.jsonl", *(json.dumps(dict(prompt=p)) for p in ("", long, " \n", "The plot")))
-    prompts = common.load_prompts(path, "train", "prompt", tokenizer, 5)
+    prompts = load(path, tokenizer, 5)
     assert [p.text for p in prompts] == [long, "The plot"]  # rewards see the whole text
     assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
-    assert "2 prompts" in (out := capsys.readouterr().out) and "2 empty, dropped, 1 cut to 5 tokens" in out
-    path = write(tmp_path / "b.jsonl", '{"prompt": ""}')
-    assert "every prompt is empty" in refused(capsys, common.load_prompts, path, "train", "prompt", tokenizer, 5)
+    assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
+    out = capsys.readouterr().out
+    assert "2 prompts" in out and "2 empty, dropped, 1 cut to 5 tokens" in out
 
 
 def test_a_bos_stays_in_front_when_a_prompt_is_cut():
@@ -104,24 +91,8 @@ def test_a_bos_stays_in_front_when_a_prompt_is_cut():
     assert common.cut_left([9, 1], 3, bos_id=9) == [9, 1]
 
 
-def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path, tokenizer):
-    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
-    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
-    path = write(tmp_path / "a.jsonl", json.dumps(dict(prompt=[dict(role="user", content="Hi")])))
-    prompts = common.load_prompts(path, "train", "prompt", tokenizer, 64)
-    assert prompts[0].text == "<|endoftext|>user: Hi\nbot:"
-    assert prompts[0].ids.count(tokenizer.eos_token_id) == 1
-
-
-def test_a_template_that_refuses_a_conversation_is_told_by_line(tmp_path, capsys):
-    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    path = write(tmp_path / "a.jsonl", json.dumps(dict(prompt=[dict(role="user", content="Hi")])))
-    assert "a.jsonl:1: the chat template" in refused(capsys, common.load_prompts, path, "train", "prompt", tokenizer, 8)
-
-
 def test_a_text_gets_one_bos_at_the_most():
-    tokenizer = common.load_tokenizer(str(common.EXAMPLE / "policy"))
+    tokenizer = example_tokenizer()
     tokenizer.bos_token = "<|pad|>"
     ids = tokenizer("<|pad|><|pad|>The plot")["input_ids"]
     assert ids[0] == ids[1] == tokenizer.bos_token_id
@@ -129,11 +100,21 @@ def test_a_text_gets_one_bos_at_the_most():
     assert common.encode(tokenizer, "<|pad|>The plot") == ids[1:]
 
 
-def test_padding():
-    ids, mask = common.left_pad([[8], [6, 7]], "cpu")
-    assert ids[:, 1].tolist() == [8, 7] and mask.tolist() == [[0, 1], [1, 1]]
-    ids, mask = common.right_pad([[8], [6, 7]], "cpu")
-    assert ids[:, 0].tolist() == [8, 6] and mask.tolist() == [[1, 0], [1, 1]]
+def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
+    tokenizer = example_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+    messages = [dict(role="system", content="Be brief"), dict(role="user", content="Hi")]
+    (prompt,) = load(write(tmp_path / "a.jsonl", json.dumps(dict(prompt=messages, label=3))), tokenizer)
+    assert prompt.text == "<|endoftext|>system: Be brief\n<|endoftext|>user: Hi\nbot:"
+    assert prompt.ids.count(tokenizer.eos_token_id) == 2 and prompt.columns == dict(label=3)
+
+
+def test_a_response_in_messages_is_their_last_content():
+    row = dict(chosen=[dict(role="user", content="Hi"), dict(role="assistant", content=" good")])
+    assert common.read_text(row, "chosen", "a.jsonl:1") == " good"
+
+
+# ---------------------------------------------------------------- Held-out rows and batches
 
 
 def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
@@ -141,9 +122,12 @@ def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
     assert common.train_and_held_out(files.get, "a", "b", 2) == (files["a"], [10, 11])
     train, held_out = common.train_and_held_out(files.get, "a", None, 3)
     assert len(held_out) == 3 and sorted(train + held_out) == files["a"]
+    assert common.train_and_held_out(files.get, "a", None, 3) == (train, held_out)  # the same ones in every run
     assert len(common.train_and_held_out(files.get, "a", None, 64)[1]) == 5
     assert common.train_and_held_out(files.get, "a", "b", 0) == (files["a"], [])  # in their order
-    assert "its one row" in refused(capsys, common.train_and_held_out, files.get, "one", None, 3)
+    with pytest.raises(SystemExit) as error:
+        common.train_and_held_out(files.get, "one", None, 3)
+    assert error.value.code == 2 and "its one row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
@@ -156,33 +140,26 @@ def test_the_stream_of_indices_shuffles_every_epoch_and_may_be_entered_anywhere(
     assert size < 10 or stream != common.shuffled_indices(size, 8, 0, 40 * size)
 
 
-BAD_PROMPT_FILES = {
-    "blank_lines_only.jsonl": "no rows",
-    "csv_named_jsonl.jsonl": ":1: ",
-    "empty.jsonl": "no rows",
-    "json_array.jsonl": ":1: ",
-    "malformed_middle.jsonl": ":6: ",
-    "missing_prompt_column.jsonl": ":1: no column 'prompt'; there are: question",
-    "not_utf8.jsonl": ":4: not UTF-8",
-    "null_values.jsonl": ":6: 'prompt' is null",
-    "truncated_last_line.jsonl": ":6: ",
-    "wrong_types.jsonl": ":6: 'prompt' is a int",
-}
+def test_batches_follow_one_another_in_the_stream(monkeypatch):
+    start_backend()
+    items, stream = list("abcde"), common.shuffled_indices(5, 3, 0, 24)
+    batches = [common.shuffled_batch(items, 3, update, 4) for update in range(1, 7)]
+    assert [item for batch in batches for item in batch] == [items[i] for i in stream]
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(common.dist, "get_rank", lambda rank=rank: rank)
+        shares.append([common.shuffled_batch(items, 3, update, 4) for update in range(1, 7)])
+    for whole, *parts in zip(batches, *shares):  # the ranks share the same batch
+        assert sorted(parts[0] + parts[1]) == sorted(whole) and len(parts[0]) == len(parts[1]) == 2
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "bad").is_dir(), reason="needs the development data beside the project")
-def test_the_broken_files_of_the_development_data(capsys, tokenizer):
-    for path in sorted((SHARED / "data" / "bad").glob("*.jsonl")):
-        if path.name in BAD_PROMPT_FILES:
-            line = refused(capsys, common.load_prompts, str(path), "train", "prompt", tokenizer, 32)
-            assert f"{path}" in line and BAD_PROMPT_FILES[path.name] in line
-        elif "label" not in path.name and path.name != "one_class.jsonl":  # those have no prompts
-            prompts = common.load_prompts(str(path), "train", "prompt", tokenizer, 32)
-            assert prompts and max(len(p.ids) for p in prompts) <= 32
-
-
-def test_a_csv_column_without_a_name_is_just_a_column(tmp_path, tokenizer):
-    """As exported with its index: it holds no demonstrations."""
-    (tmp_path / "p.csv").write_text(",prompt\n0,The plot\n1,The cast\n")
-    prompts = common.load_prompts(str(tmp_path / "p.csv"), "train", "prompt", tokenizer, 64)
-    assert [prompt.text for prompt in prompts] == ["The plot", "The cast"] and not prompts[0].demonstrations
+def test_updates_are_whole_ones(capsys):
+    assert common.plan_updates(100, 8, 2) == (4, 12)
+    for arguments, message in (
+        ((100, 9, 2), "--batch-size 9 is not divisible by"),
+        ((7, 8, 2), "--total-episodes 7 is less than one update of --batch-size 8"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            common.plan_updates(*arguments)
+        assert error.value.code == 2 and message in capsys.readouterr().err
