@@ -1,20 +1,26 @@
 """What the tests share: the project on the path, tiny models made from configs, and scripts run as a user runs them."""
 
 import concurrent.futures
+import contextlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "reviews"
 SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
-SCRIPTS = ("remax", "reinforce", "ppo", "reward_model")
+SCRIPTS = ("remax", "reinforce", "ppo", "spr", "reward_model")
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
@@ -47,6 +53,24 @@ def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
 
 
+def run_here(script: str, *flags) -> int:
+    """main() of a script in this process, where others may follow -> its exit status."""
+    import common
+
+    with contextlib.ExitStack() as stack:
+        for target, name, new in (
+            (common.dist, "destroy_process_group", lambda: None),  # the next run needs it
+            (signal, "signal", lambda *args: None),
+            (sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)]),
+        ):
+            stack.enter_context(patch.object(target, name, new))
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
 def assert_ok(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
@@ -61,18 +85,26 @@ def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def start_backend(**flags):
+    """The process group of this process, if it has none yet, and how models compute: like a script without flags."""
+    import common
+
+    defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
+
+
 def tiny_model(kind: str, vocab_size: int = 50, **kwargs):
     """A random causal language model with large weights (so that mistakes show), float32."""
     import transformers
 
     torch.manual_seed(0)
-    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1) | kwargs
+    ids = dict(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, pad_token_id=1, initializer_range=0.3) | kwargs
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ids)
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ids)
         model = transformers.GPT2LMHeadModel(config)
     else:
         shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.3, **ids)
+        config = transformers.LlamaConfig(**shape, max_position_embeddings=64, **ids)
         model = transformers.LlamaForCausalLM(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -89,7 +121,7 @@ def model(request):
 def tokenizer():
     import common
 
-    return common.load_tokenizer(str(common.EXAMPLE / "policy"))
+    return common.load_tokenizer(str(EXAMPLE / "policy"))
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
