@@ -156,7 +156,7 @@ ROLLOUT_FLAGS = "--response-length 6 --max-prompt-length 12".split()
 OWN_FLAGS = dict(
     remax="--num-samples 2",
     reinforce="--baseline leave-one-out --num-samples 2",
-    ppo="--num-epochs 2 --num-minibatches 2",
+    ppo="--num-epochs 2 --num-minibatches 2 --gradient-checkpointing",
     spr="--num-samples 2 --num-minibatches 2",
     reward_model="",
 )
