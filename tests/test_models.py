@@ -159,7 +159,7 @@ def test_a_model_that_would_be_trained_wrong_is_refused_at_load(kind, tmp_path, 
     """M3, M5 and M7."""
     folder = make_model(kind, REFUSED[kind], tmp_path)
     flags = [*UPDATES.split(), "--model", folder, "--attention", "eager", "--output-dir", tmp_path / "r"]
-    assert run_here("remax", *flags) == 2 and f"{folder}: " in error_line(capsys)
+    assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
     assert not (tmp_path / "r").exists()
 
 
@@ -177,7 +177,7 @@ def test_a_model_that_no_comparison_finds_wrong_is_refused_at_load(kind, tmp_pat
     """M5, and a rotary embedding that depends on the batch."""
     folder = make_model(kind, KNOWN[kind], tmp_path)
     flags = [*UPDATES.split(), "--model", folder, "--output-dir", tmp_path / "r"]
-    assert run_here("remax", *flags) == 2 and f"{folder}: " in error_line(capsys)
+    assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
 
 
 # ---------------------------------------------------------------- M1: the space after the prompt
