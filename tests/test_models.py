@@ -253,7 +253,7 @@ def reward(prompts, responses, **columns):
     flags += ["--gold-reward-function", f"{tmp_path}/gold.py:reward", "--output-dir", tmp_path / "r"]
     flags += "--total-episodes 4 --batch-size 4 --eval-every 1".split()
     with patch.object(common, "generate", generate), patch.object(common, "reward_model_ids", watched_ids):
-        # The model is random and the tokens are given, so what was saved is not looked at.
+        # The load check decodes, too.
         with patch.object(common, "check_policy", lambda policy: None):
             assert run_here(script, *flags) == 0
     assert set(scored) == {"The movie was great"} == set(functions_saw.read_text().split("|")) - {""}
