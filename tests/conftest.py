@@ -117,11 +117,29 @@ def model(request):
     return tiny_model(request.param)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def example_tokenizer():
     import common
 
-    return common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer = common.load_tokenizer(str(EXAMPLE / "policy"))
+    tokenizer.num_embeddings = len(tokenizer)  # as load_model does
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return example_tokenizer()
+
+
+def number_tokenizer(size: int = 50):
+    """Its words are its ids, 1 is EOS."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1")
+    tokenizer.num_embeddings = size
+    return tokenizer
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
