@@ -468,7 +468,11 @@ def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False,
     if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
     tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # after these positions the keys would depend on the longest row
+        positions = rope["original_max_position_embeddings"]
     if max_length > positions:
         fail(f"--max-prompt-length + --response-length, {max_length}, is more than the {positions} positions of {path}")
     for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
@@ -495,6 +499,8 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> ResponseLogprob
 def check_policy(policy):
     """Left-padded, in training mode and decoded with a cache, the model must agree with its plain forward."""
     tolerance = 1e-3 if policy.whole.dtype == torch.float32 else 0.1  # nats
+    if policy.model.config.model_type == "phimoe":
+        raise ValueError("its router is sampled in training and reads its jitter everywhere")
     if policy.model.base_model is policy.model:
         raise ValueError("it has no backbone below its head")
     if policy.whole(torch.tensor([[0, 1]])).logits.isnan().any():
@@ -539,6 +545,7 @@ def load_value_model(reward_model, policy, sampling: Sampling, backend) -> Respo
 
 def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
+    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
