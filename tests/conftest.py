@@ -1,23 +1,31 @@
-"""What the tests share: the project on the path, tiny models made from configs, and scripts run as a user runs them."""
+"""What the tests share: tiny models made from configs, and scripts run in processes of their own."""
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import json
+import multiprocessing.connection
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import types
 from pathlib import Path
 from unittest.mock import patch
 
-import pytest
-import torch
+os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # the tests' own process computes like the others
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "reviews"
-SHARED = ROOT.parent / "shared"  # development data; tests that want it skip where it is missing
+SHARED = ROOT.parent / "shared"  # development data; tests that need it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ("remax", "reinforce", "ppo", "spr", "reward_model")
@@ -37,20 +45,127 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "slow" not in item.keywords]
 
 
+# ---------------------------------------------------------------- Processes
+
+
 def script_environment() -> dict[str, str]:
     """One thread a rank, no network, and nothing of the process group that this process may have joined."""
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in group}
-    return environment | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    return {name: value for name, value in os.environ.items() if name not in group}
+
+
+def launch_command(name: str, *flags, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
+    """`python name flags`, or with several ranks a launcher."""
+    launchers = dict(
+        torchrun=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
+        deepspeed=["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)],
+    )
+    return [sys.executable, *(launchers[launcher] if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
+
+
+def launch(name: str, *flags, cwd=ROOT, **launching) -> subprocess.CompletedProcess:
+    """A script as a user runs it. It takes 4 s to start, so most tests use `run_script`."""
+    command = launch_command(name, *flags, **launching)
+    return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
+
+
+@functools.cache
+def fork_server():
+    """A process that has imported everything and computed nothing. Each fork of it is a process that starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    models = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "llama")]
+    context.set_forkserver_preload([*SCRIPTS, *models, "workers.script_worker", "workers.engine_worker"])
+    with patch.dict(os.environ, script_environment() | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"), clear=True):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def started(function, *args, ranks: int = 1, cwd=ROOT):
+    """Forked processes, one per rank of a group, which call function(*args). Whatever still runs at the end is killed.
+
+    Each has the paths of its output: `out` and `err`.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = dict(WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+        processes = []
+        for rank in range(ranks):
+            variables = group | dict(RANK=rank, LOCAL_RANK=rank) if ranks > 1 else {}
+            environment = script_environment() | {name: str(value) for name, value in variables.items()}
+            out, err = folder / f"out-{rank}", folder / f"err-{rank}"
+            process = fork_server().Process(target=_forked, args=(environment, str(cwd), out, err, function, args))
+            process.out, process.err = out, err
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def _forked(environment, cwd, out, err, function, args) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    function(*args)
+
+
+def output_of(processes) -> tuple[str, str]:
+    return tuple("".join(getattr(p, kind).read_text() for p in processes) for kind in ("out", "err"))
+
+
+def wait(processes, timeout: float = 300) -> int:
+    """-> the first exit status that is not 0. When a rank fails, the others have ten seconds to fail likewise."""
+    end = time.monotonic() + timeout
+    running = list(processes)
+    while running and time.monotonic() < end:
+        multiprocessing.connection.wait([p.sentinel for p in running], end - time.monotonic())
+        running = [p for p in running if p.exitcode is None]
+        if any(p.exitcode for p in processes):
+            end = min(end, time.monotonic() + 10)
+    codes = [p.exitcode for p in processes if p.exitcode]
+    assert codes or not running, f"still running after {timeout} s: {output_of(processes)}"
+    return codes[0] if codes else 0
+
+
+def as_program(name: str, flags: tuple) -> None:
+    sys.argv = [str(ROOT / name), *map(str, flags)]
+    sys.path.insert(0, str((ROOT / name).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_script(name: str, *flags, ranks: int = 1, cwd=ROOT) -> subprocess.CompletedProcess:
-    """`python name flags`, or torchrun with several ranks."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, str(ROOT / name), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
+    """A script as a program of its own, in forked processes."""
+    with started(as_program, name, flags, ranks=ranks, cwd=cwd) as processes:
+        status = wait(processes)
+        return subprocess.CompletedProcess([name, *flags], status, *output_of(processes))
+
+
+def forked(function, *args, ranks: int = 1):
+    """What function(*args) returns at rank 0, in forked processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        with started(_saved_result, folder, function, args, ranks=ranks) as processes:
+            assert wait(processes) == 0, output_of(processes)
+        return torch.load(Path(folder, "result"), weights_only=False)
+
+
+def _saved_result(folder, function, args) -> None:
+    result = function(*args)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(result, Path(folder, "result"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # rank 0 is the others' meeting point
+
+
+def together(function, *cases: tuple, **kwargs) -> list:
+    """function(*case) of every case in processes, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(function, *case, **kwargs) for case in cases]]
 
 
 def run_here(script: str, *flags) -> int:
@@ -75,22 +190,11 @@ def assert_ok(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
-def together(function, *cases: tuple) -> list:
-    """function(*case) of every case, two at a time: most of a short run is start-up on one core."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(function, *case) for case in cases]]
-
-
 def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_backend(**flags):
-    """The process group of this process, if it has none yet, and how models compute: like a script without flags."""
-    import common
-
-    defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
+# ---------------------------------------------------------------- Models
 
 
 def tiny_model(kind: str, vocab_size: int = 50, **kwargs):
@@ -140,6 +244,14 @@ def number_tokenizer(size: int = 50):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1")
     tokenizer.num_embeddings = size
     return tokenizer
+
+
+def start_backend(**flags):
+    """The process group of this process, if it has none yet, and how models compute: like a script without flags."""
+    import common
+
+    defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
