@@ -231,6 +231,7 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),
     ],
+    ids="remax reinforce ppo values spr".split(),
 )
 def test_masked_entries_of_no_input_of_a_loss_matter(loss):
     _, _, logprobs, advantages, mask = batch()
