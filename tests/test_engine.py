@@ -1,5 +1,6 @@
 """Stages, micro-batches, ranks, nodes and offloading do not change the mathematics of the engine or of a script."""
 
+import json
 import math
 import socket
 import subprocess
@@ -8,7 +9,9 @@ import time
 
 import pytest
 import torch
+import transformers
 from conftest import (
+    EXAMPLE,
     ROOT,
     SCRIPTS,
     assert_ok,
@@ -174,8 +177,6 @@ def test_a_frozen_model_computes_the_same_wherever_it_lies(zero_stage, offload):
 @pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage, dtype):
-    import transformers
-
     ids = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
     engine = trained(tiny_model(kind, **ids), 3, 1e-2, zero_stage=zero_stage, dtype=dtype)
     inputs = data()[:3]
@@ -219,9 +220,9 @@ OWN = dict(
 )
 
 
-def case(script, folder, stage, micro, rate="1e-3", more=""):
+def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
     flags = f"{FLAGS} {OWN[script]} --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
-    name = f"{script}-{stage}-{micro}-{rate}{more.replace(' ', '')}"
+    name = name or f"{script}-{stage}-{micro}-{rate}{more}"
     return dict(script=script, flags=[*flags.split(), "--output-dir", f"{folder}/{name}"], fixed=True)
 
 
@@ -244,6 +245,33 @@ def test_two_ranks_equal_one(tmp_path, offload):
     results = forked(run_all, cases, ranks=2)
     for (script, *_), found in zip(cells, results, strict=True):
         assert_same_training(found, run(**case(script, tmp_path / "one", 0, 16)))
+
+
+def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path):
+    path = EXAMPLE / "demonstrations.jsonl"
+    more = f"--weighting uniform --num-samples 0 --dataset {path} --reward-model nowhere"  # which is never loaded
+    more += " --response-length 48 --num-epochs 1 --total-episodes 40"
+    expected = run(**case("spr", tmp_path, 0, 16, more=more, name="one"))
+    (found,) = forked(run_all, [case("spr", tmp_path, 3, 2, more=more, name="two")], ranks=2)
+    assert_same_training(found, expected)
+    assert_same_training(run(**case("spr", tmp_path, 2, 3, more=more, name="small")), expected)
+
+    # The mean over prompts of the negative log-likelihood of whole demonstrations, EOS included.
+    policy = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLE / "policy")
+    known = {(row["prompt"], row["completion"]) for row in map(json.loads, path.read_text().splitlines())}
+    rows = [json.loads(line) for line in (tmp_path / "one" / "iteration-1.jsonl").read_text().splitlines()]
+    total = 0.0
+    for row in rows:
+        assert (row["prompt"], row["response"]) in known and row["weight"] == 1
+        prompt, response = (tokenizer(row[name])["input_ids"] for name in ("prompt", "response"))
+        labels = torch.tensor([len(prompt) * [-100] + response + [tokenizer.eos_token_id]])
+        ids = torch.tensor([prompt + response + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            total += policy(ids, labels=labels).loss.item() * (len(response) + 1)
+    metrics = read_metrics(tmp_path / "one")
+    assert len(rows) == 8 and metrics[0]["loss"] == pytest.approx(total / 8, rel=1e-4)
+    assert not {"reward", "best_reward", "weighted_reward"} & metrics[0].keys()
 
 
 @pytest.mark.slow
