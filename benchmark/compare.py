@@ -4,7 +4,7 @@
 
 Every run is a subprocess of the script with its default flags, one thread; all see equal numbers of prompts, except
 that RLOO with two responses per prompt also runs at equal numbers of responses, on half the prompts. Appends one JSON
-line per run to benchmark/compare.jsonl (a run that is already there is not repeated) and prints the table.
+line per run to benchmark/results/compare.jsonl (a run that is already there is not repeated) and prints the table.
 """
 
 import concurrent.futures
@@ -32,21 +32,18 @@ class Args:
     """Prompts per run."""
     jobs: int = 1
     """Runs at a time; one for timings that compare."""
+    results: Path = HERE / "results" / "compare.jsonl"
+    """File that the results are appended to."""
 
 
 def methods(total_episodes: int) -> dict[str, list[str]]:
     prompts = ["--total-episodes", str(total_episodes)]
+    half = ["--total-episodes", str(total_episodes // 2), "--batch-size", "32"]
     leave_one_out = ["reinforce.py", "--baseline", "leave-one-out", "--num-samples", "2"]
     return {
         "REINFORCE": ["reinforce.py", *prompts],
         "RLOO, N = 2, equal prompts": [*leave_one_out, *prompts],
-        "RLOO, N = 2, equal responses": [
-            *leave_one_out,
-            "--total-episodes",
-            str(total_episodes // 2),
-            "--batch-size",
-            "32",
-        ],
+        "RLOO, N = 2, equal responses": [*leave_one_out, *half],
         "ReMax": ["remax.py", *prompts],
         "PPO, 1 epoch": ["ppo.py", *prompts, "--num-epochs", "1"],
         "PPO, 4 epochs": ["ppo.py", *prompts],
@@ -86,18 +83,15 @@ def table(results: list[dict]) -> str:
         for name in columns:
             values = [row[name] for row in rows]
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(
-                f"{statistics.fmean(values):.2f} ± {spread:.2f}"
-                if name != "seconds"
-                else f"{statistics.fmean(values):.0f} ± {spread:.0f}"
-            )
+            digits = 0 if name == "seconds" else 2
+            cells.append(f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}")
         lines.append(f"| {method} ({len(rows)} seeds) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    path = HERE / "compare.jsonl"
+    path = args.results
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["command"], row["seed"]) for row in results}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

@@ -1,6 +1,6 @@
-"""What gpu.sh has measured against what the device can do.
+"""The results of gpu.sh beside the speed of the device itself.
 
-    python benchmark/gpu.py benchmark/gpu.jsonl [--size 8192]
+    python benchmark/gpu.py benchmark/results/gpu.jsonl [--size 8192]
 
 Measures the bandwidth of a copy and the speed of a bfloat16 matrix product, then prints for each row of step.py:
 samples per second; decode bandwidth (weights and half of the final cache, read once per token) over the copy's; FLOP/s

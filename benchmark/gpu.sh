@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that one GPU can tell, in under ten minutes -> benchmark/gpu.jsonl and the tables at the end.
+# Everything that one GPU can tell, in under ten minutes -> benchmark/results/gpu.jsonl and a table.
 #
 #     PYTHON=.venv/bin/python TRL_PYTHON=trl/bin/python bash benchmark/gpu.sh
 #
-# TRL_PYTHON is an environment with trl==1.16.0 (see trl_step.py); without it its rows are left out. With TINY=1 the same
-# commands run on a tiny model, also on a CPU, to test this file.
+# TRL_PYTHON is an environment with trl==1.16.0 (see trl_step.py); without it there are no rows of TRL. With TINY=1 the
+# same commands run on a tiny model, also on a CPU, to test this file.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-results=${RESULTS:-benchmark/gpu.jsonl}
+results=${RESULTS:-benchmark/results/gpu.jsonl}
 small=G1 large=G2 huge=G3 size=8192 micro=32 steps=3
 if [ -n "${TINY:-}" ]; then small=tiny large=tiny huge=tiny size=256 micro=2 steps=1; fi
 

@@ -4,7 +4,7 @@
 
 For each policy: the gradient of many batches, once with each script's own `advantages` and `policy_loss`; the trace of
 their covariance (the expected squared distance from the mean gradient); the ratio ReMax / REINFORCE with a bootstrap
-interval over batches. Below 1 the greedy baseline helps. Results go to benchmark/gradient_variance.jsonl.
+interval over batches. Below 1 the greedy baseline helps. Appends to benchmark/results/gradient_variance.jsonl.
 """
 
 import json
@@ -24,12 +24,14 @@ import remax  # noqa: E402
 
 @dataclass
 class Args:
-    policies: tuple[str, ...] = (str(common.EXAMPLE / "policy"),)
+    policies: tuple[str, ...] = (str(HERE.parent / "examples/reviews/policy"),)
     """Folders of the policies at which to compare; the reference is always the example's initial one."""
     batches: int = 100
     """Batches per policy."""
     batch_size: int = 64
     """Prompts per batch."""
+    results: Path = HERE / "results" / "gradient_variance.jsonl"
+    """File that the results are appended to."""
 
 
 def flat_gradient(loss: torch.Tensor, parameters: list) -> torch.Tensor:
@@ -45,16 +47,16 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     args = tyro.cli(Args)
-    flags = remax.Args()
-    _, _, device = common.start_processes()
-    placement = common.Placement(device, "float32", "sdpa", 0, False, args.batch_size)
+    flags = remax.Args(micro_batch_size=args.batch_size)
+    common.check_flags(flags)  # makes the example's paths absolute
+    backend = common.start_processes(flags)
     tokenizer = common.load_tokenizer(flags.model)
-    reference = common.freeze(common.load_policy(flags.model, placement), placement)
-    reward = common.Reward(flags.reward_model, None, 0.0, placement)
+    sampling = common.Sampling(flags.max_prompt_length, flags.response_length, 1.0, 2 * args.batch_size)
+    reference = common.freeze(common.load_policy(flags.model, tokenizer, sampling, backend), backend)
+    reward = common.Reward(flags.reward_model, None, 0.0, backend)
     prompts = common.load_prompts(flags.dataset, "train", "prompt", tokenizer, flags.max_prompt_length)
-    sampling = dict(length=flags.response_length, temperature=1.0, eos_ids=[tokenizer.eos_token_id])
     for path in args.policies:
-        policy = common.load_policy(path, placement).to(device)
+        policy = common.load_policy(path, tokenizer, sampling, backend).to(backend.device)
         parameters = list(policy.parameters())
         gradients = {"reinforce": [], "remax": []}
         baselines, rewards = [], []
@@ -62,13 +64,11 @@ def main() -> None:
             common.set_seed(0, batch)
             indices = common.shuffled_indices(len(prompts), 0, batch * args.batch_size, args.batch_size)
             batch_prompts = [prompts[i] for i in indices]
-            both = common.rollout(policy, batch_prompts, device, tokenizer, num_samples=1, greedy=True, **sampling)
-            rewards_B, baseline_rewards_B = reward(both).chunk(2)
+            both = common.rollout(policy, batch_prompts, num_samples=1, greedy=True)
+            rewards_B, baseline_rewards_B = reward(both).chunk(2)  # the sampled rows, then the greedy rows
             sampled = both[: args.batch_size]
-            inputs = (sampled.prompts_BP, sampled.prompt_mask_BP, sampled.tokens_BT, 1.0)
-            logprobs_BT, mask_BT = policy(*inputs), sampled.mask_BT
-            with torch.no_grad():
-                ref_logprobs_BT = reference(*inputs)
+            logprobs_BT, mask_BT = common.forward(policy, sampled), sampled.mask_BT
+            ref_logprobs_BT = common.forward_all(reference, sampled, args.batch_size)
             rest = (logprobs_BT, ref_logprobs_BT, mask_BT, flags.kl_coef, flags.gamma)
             plain_BT = reinforce.advantages(rewards_B, *rest)
             less_BT = remax.advantages(rewards_B, baseline_rewards_B, *rest)
@@ -92,7 +92,7 @@ def main() -> None:
         row = dict(policy=path, batches=args.batches, batch_size=args.batch_size, ratio=ratio, low=low, high=high)
         row |= {f"trace_{name}": trace_of_covariance(gram).item() for name, gram in grams.items()}
         row |= dict(reward=mean, reward_std=torch.cat(rewards).std().item(), greedy_reward=baseline)
-        with open(HERE / "gradient_variance.jsonl", "a", encoding="utf-8") as file:
+        with open(args.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{path}: variance of ReMax / REINFORCE {ratio:.2f} (95% interval {low:.2f} to {high:.2f}),", end=" ")
         print(f"reward {mean:.2f} ± {row['reward_std']:.2f}, greedy {baseline:.2f}", flush=True)

@@ -1,14 +1,17 @@
-"""Peak memory of each script beside the arithmetic, and what that arithmetic says of 1.3B and 7B models.
+"""Peak memory of each script beside the arithmetic, and the arithmetic for models of 1.3B and 7B parameters.
 
-    python benchmark/memory.py [--workload W2]
+    python benchmark/memory.py [--scripts sft spr reinforce remax ppo] [--repeats 1]
 
-Each script runs in a process of its own, two updates on random weights (step.py). The arithmetic counts bytes per
-parameter of what must be resident: a trained model has weights, gradients and Adam's two moments (float32: 4 + 4 + 8;
-bfloat16: 2 + 2 and 12 for float32 master weights and moments), a frozen one has weights. Activations, the cache of a
-rollout, logits and what the imports take come on top of it. Appends to benchmark/memory.jsonl.
+Each script runs in a process of its own (step.py), three updates of two or more micro-batches on random weights, so
+that Adam's moments and accumulated gradients are alive; the reward model is as large as the policy. The arithmetic
+counts resident bytes per parameter. A trained model has weights, gradients and Adam's two moments (float32: 4 + 4 + 8;
+bfloat16: 2 + 2 and 12 for float32 master weights and moments; during its step also a float32 copy of the gradients, 4);
+a frozen one has weights. It leaves out activations, the cache of a rollout, logits and the imports. Appends to
+benchmark/results/memory.jsonl.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,16 +21,25 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 
-# script: (models that are trained, models that are frozen), all of one size. Phases of spr.py have one model each.
+# script: (models that are trained, models that are frozen), all of one size. spr.py has its reward model in memory
+# only while its gradients are not.
 MODELS = dict(sft=(1, 0), spr=(1, 0), reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
 SIZES = {"1.3B": 1.3e9, "7B": 6.7e9}
 
 
 @dataclass
 class Args:
-    workload: str = "W2"
+    scripts: tuple[str, ...] = tuple(MODELS)
+    """Scripts to measure, in turn."""
+    repeats: int = 1
+    """Runs of each script."""
+    workload: str = "M1"
     """See workloads.py."""
-    results: Path = HERE / "memory.jsonl"
+    micro_batch_size: int = 8
+    """Rows per forward and backward."""
+    flags: str = ""
+    """Further flags of the scripts."""
+    results: Path = HERE / "results" / "memory.jsonl"
     """File that the results are appended to."""
 
 
@@ -35,15 +47,15 @@ def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int
     """Resident bytes on one device, per parameter of the policy.
 
     ZeRO shards optimizer state (stage 1), gradients (2) and weights (3); but rollouts gather the policy's weights.
-    Offloading leaves on the device no optimizer state, and one frozen model at a time.
+    Offloading leaves on the device no optimizer state, and one frozen model at a time. One model steps at a time.
     """
     trained, frozen = MODELS[script]
-    weights, gradients, state = (2, 2, 12) if bf16 else (4, 4, 8)
+    weights, gradients, state, copy = (2, 2, 12, 4) if bf16 else (4, 4, 8, 0)
     gathered = weights * (1 - 1 / ranks) if zero_stage == 3 else 0
-    state = 0 if offload else state / (ranks if zero_stage >= 1 else 1)
+    optimizer = 0 if offload else (trained * state + copy) / (ranks if zero_stage >= 1 else 1)
     gradients /= ranks if zero_stage >= 2 else 1
     weights /= ranks if zero_stage == 3 else 1
-    return trained * (weights + gradients + state) + (min(frozen, 1) if offload else frozen) * weights + gathered
+    return trained * (weights + gradients) + optimizer + (min(frozen, 1) if offload else frozen) * weights + gathered
 
 
 def extrapolated() -> str:
@@ -74,25 +86,29 @@ def output(*command) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
-    imports = float(output("-c", "import common; print(common._peak_bytes() / 2**20)"))
-    flags = ("--workload", args.workload, "--steps", "1", "--no-floor", "--results", "/dev/null")
-    rows = []
-    for script in MODELS:
-        lines = output(HERE / "step.py", "--script", script, *flags, "--ppo-epochs", "1").splitlines()
-        row = next(json.loads(line) for line in lines if line.startswith("{"))
-        row = dict(name=script, workload=args.workload, peak_rss_mb=row["peak_rss_mb"], device=row["device"])
-        row |= dict(imports_mb=imports, bytes_per_parameter=bytes_per_parameter(script, bf16=False))
-        rows.append(row)
-        with open(args.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    ppo = rows[-1]
-    print("| script | bytes per parameter | / PPO | peak MB | / PPO | less imports | / PPO |\n" + "|---" * 7 + "|")
-    for row in rows:
-        net, ppo_net = row["peak_rss_mb"] - imports, ppo["peak_rss_mb"] - imports
-        cells = [f"{row['bytes_per_parameter']:.0f}", row["bytes_per_parameter"] / ppo["bytes_per_parameter"]]
-        cells += [f"{row['peak_rss_mb']:.0f}", row["peak_rss_mb"] / ppo["peak_rss_mb"], f"{net:.0f}", net / ppo_net]
-        cells = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
-        print("| " + " | ".join([row["name"], *cells]) + " |")
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+    imports = float(output("-c", f"import resource, common; print({peak})"))
+    flags = ["--workload", args.workload, "--micro-batch-size", args.micro_batch_size, "--ppo-epochs", "1"]
+    flags += ["--steps", "1", "--no-floor", "--results", "/dev/null", f"--flags={args.flags}"]
+    peaks = {script: [] for script in args.scripts}
+    for _ in range(args.repeats):
+        for script in args.scripts:
+            lines = output(HERE / "step.py", "--script", script, *flags).splitlines()
+            row = next(json.loads(line) for line in lines if line.startswith("{"))
+            peaks[script].append(row["peak_rss_mb"])
+            row = dict(name=script, workload=args.workload, peak_rss_mb=row["peak_rss_mb"], device=row["device"])
+            row |= dict(micro_batch_size=args.micro_batch_size, flags=args.flags, imports_mb=round(imports, 1))
+            row |= dict(bytes_per_parameter=bytes_per_parameter(script, bf16="bfloat16" in args.flags))
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    first = statistics.median(peaks[args.scripts[0]])
+    titles = ["script", "bytes per parameter", "peak MB: median", "lowest, highest", f"/ {args.scripts[0]}"]
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for script, values in peaks.items():
+        median = statistics.median(values)
+        cells = [script, f"{bytes_per_parameter(script, bf16='bfloat16' in args.flags):.0f}", f"{median:,.0f}"]
+        cells += [f"{min(values):,.0f}, {max(values):,.0f}", f"{median / first:.3f}"]
+        print("| " + " | ".join(cells) + " |")
     print("\nResident gigabytes on each device, bfloat16, without activations:\n\n" + extrapolated())
 
 

@@ -4,7 +4,7 @@
 
 Four points each around a GPT-2 of width 192 with 32 prompts of 16 tokens, 48 response tokens and 1,000 token ids; each
 in a process of its own (step.py). The exponent of a part is the slope of log seconds over log size between the last
-two points, where fixed costs matter least; 1 is linear. Appends to benchmark/scaling.jsonl.
+two points, where fixed costs matter least; 1 is linear. Appends to benchmark/results/scaling.jsonl.
 """
 
 import json
@@ -35,7 +35,7 @@ class Args:
     """Script to measure."""
     steps: int = 3
     """Updates to take the median of."""
-    results: Path = HERE / "scaling.jsonl"
+    results: Path = HERE / "results" / "scaling.jsonl"
     """File that the results are appended to."""
 
 
@@ -43,15 +43,8 @@ def measure(script: str, steps: int, width: int, batch_size: int, response_lengt
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(n_embd=width, n_layer=4, n_head=4, n_positions=256, vocab_size=vocab_size)
         workloads.save_policy(Path(folder, "policy"), "gpt2", **shape)
-        command = [
-            sys.executable,
-            HERE / "step.py",
-            "--script",
-            script,
-            "--model",
-            Path(folder, "policy"),
-            "--no-floor",
-        ]
+        command = [sys.executable, HERE / "step.py", "--script", script, "--model", Path(folder, "policy")]
+        command += ["--no-floor"]
         command += ["--steps", steps, "--batch-size", batch_size, "--response-length", response_length]
         command += ["--prompt-length", 16, "--results", "/dev/null"]
         lines = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
@@ -59,7 +52,7 @@ def measure(script: str, steps: int, width: int, batch_size: int, response_lengt
 
 
 def size_of(knob: str, value: int) -> float:
-    """What the cost should be linear in; of the width: the parameters of the blocks, which outnumber the others."""
+    """The number that the cost should be linear in; for the width it is the number of parameters in the blocks."""
     return 12 * 4 * value**2 if knob == "width" else value
 
 

@@ -1,25 +1,25 @@
-"""Seconds per update, by part, and peak memory of a script, beside the floor: what its unavoidable parts take alone.
+"""Seconds per update, by part, and peak memory of a script, beside the floor: the time of its unavoidable parts alone.
 
     python benchmark/step.py --script remax|reinforce|ppo|spr|sft --workload W1|W2 --steps 5 [--ppo-epochs 4]
 
 It runs the script's own main() on random weights (or on the model that you name) with the end of text suppressed, so
-that all responses have full length, and reads the script's own clock. Then, in the same process, the floor: one decode
-loop with a cache, one forward of the reward model, one of the reference over response positions only, forward and
-backward and an optimizer step per epoch, each written with bare calls of transformers and torch, without masks, text
-or engine. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds (`median_s`) on a GPU.
+that all responses have full length, and takes the time inside the functions of common.py that main() calls. Then, in
+the same process, the floor: one decode loop with a cache, one forward of the reward model, one of the reference over
+response positions only, forward and backward and an optimizer step per epoch, each written with bare calls of
+transformers and torch, without masks, text or engine. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
+(`median_s`) on a GPU.
 
-A step of `spr` is an iteration of one pass over two samples per prompt, as many as ReMax generates; `sft` is spr.py on
-as many demonstrations. Their phases are processes of their own, so their seconds come from the run's journal and count
-the loading of models, too.
+An update of `spr` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer step; its
+scoring reads the reward model from disk. `sft` is spr.py on as many demonstrations.
 """
 
+import functools
 import json
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +42,7 @@ PARTS = ("rollout", "scoring", "reference", "training", "rest")
 class Args:
     script: Literal["remax", "reinforce", "ppo", "spr", "sft"] = "remax"
     """Script to measure."""
-    workload: Literal["W1", "W2", "G1", "G2", "G3", "tiny"] = "W1"
+    workload: Literal["W1", "W2", "M1", "G1", "G2", "G3", "tiny"] = "W1"
     """Model and batch, see workloads.py."""
     steps: int = 5
     """Updates to take the median of, after one to warm up."""
@@ -52,6 +52,8 @@ class Args:
     """Folder or hub name of a causal language model in place of the workload's."""
     batch_size: int | None = None
     """Prompts per update in place of the workload's."""
+    micro_batch_size: int | None = None
+    """Rows per forward and backward; default all prompts of an update."""
     prompt_length: int | None = None
     """Prompt tokens in place of the workload's."""
     response_length: int | None = None
@@ -60,7 +62,7 @@ class Args:
     """Further flags of the script, as in --flags="--dtype bfloat16 --gradient-checkpointing"."""
     floor: bool = True
     """Whether to measure the floor, too."""
-    results: Path = HERE / "step.jsonl"
+    results: Path = HERE / "results" / "step.jsonl"
     """File that the result is appended to."""
 
 
@@ -71,58 +73,64 @@ def now() -> torch.Tensor:
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
-class StepClock(common.Clock):
-    """The script's clock, which keeps its laps: each update's start, and the ends of rollout, scoring and training."""
-
-    laps: list[list[torch.Tensor]] = []
-    reference: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+class Clock:
+    """Adds up the time inside wrapped functions, for each update; set_seed begins an update."""
 
     def __init__(self):
-        super().__init__()
-        self.laps.append([now()])
+        self.starts: list[torch.Tensor] = []
+        self.seconds: list[dict[str, torch.Tensor]] = []
+        self.inside = False  # a wrapped function may call another
 
-    def lap(self) -> float:
-        self.laps[-1].append(now())
-        return super().lap()
+    def begin(self) -> None:
+        self.starts.append(now())
+        self.seconds.append({part: torch.zeros(2, dtype=torch.float64) for part in PARTS})
 
+    def wrap(self, owner, name: str, part: str | None = None) -> None:
+        """Counts owner.name as that part; without a part: as the reference's if its module is frozen, else training."""
+        function = getattr(owner, name)
 
-def timed_forward_rows(module, *args, forward_rows=common.forward_rows, **kwargs):
-    start = now()
-    result = forward_rows(module, *args, **kwargs)
-    if not next(module.parameters()).requires_grad:  # the reference, not PPO's old log-probabilities and values
-        StepClock.reference[len(StepClock.laps) - 1] += now() - start
-    return result
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            if self.inside or not self.seconds:
+                return function(*args, **kwargs)
+            of = part or ("training" if next(args[0].parameters()).requires_grad else "reference")
+            self.inside, start = True, now()
+            result = function(*args, **kwargs)
+            self.seconds[-1][of] += now() - start
+            self.inside = False
+            return result
+
+        setattr(owner, name, timed)
+
+    def steps(self) -> list[dict[str, torch.Tensor]]:
+        """(wall, CPU) seconds of each part; of all updates but the first, which warms up, and the last, which saves."""
+        steps = []
+        for i in range(1, len(self.starts) - 1):
+            parts = self.seconds[i]
+            rest = self.starts[i + 1] - self.starts[i] - sum(parts.values())
+            steps.append(parts | dict(rest=rest))
+        return steps
 
 
 def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, torch.Tensor]]:
-    """Runs main() -> of each update but the first, which warms up, (wall, CPU) seconds of each part."""
-    common.Clock, common.forward_rows = StepClock, timed_forward_rows
+    """Runs main() -> the time of each part, by update."""
     common.eos_ids = lambda model, tokenizer: [-1]  # no token ends a response
-    sys.argv = [f"{args.script}.py", *flags, "--output-dir", str(folder / "run")]
-    import_module(args.script).main()
-    steps = []
-    for i in range(1, len(StepClock.laps) - 1):  # the last one has no next one to end it
-        start, rollout, scoring, training = StepClock.laps[i]
-        reference, end = StepClock.reference[i], StepClock.laps[i + 1][0]
-        parts = (rollout - start, scoring - rollout, reference, training - scoring - reference, end - training)
-        steps.append(dict(zip(PARTS, parts, strict=True)))
-    return steps
+    clock, set_seed = Clock(), common.set_seed
 
+    def begin_and_set_seed(*numbers):
+        clock.begin()
+        set_seed(*numbers)
 
-def run_phases(args: Args, folder: Path, flags: list[str]) -> list[dict[str, torch.Tensor]]:
-    """The same for spr.py, whose iterations are steps."""
-    common.eos_ids = lambda model, tokenizer: [-1]
-    sys.argv = ["spr.py", *flags, "--output-dir", str(folder / "run")]
-    import_module("spr").main()
-    journal = common.read_rows(folder / "run" / "phases.jsonl")
-    names = dict(generate="rollout", score="scoring", train="training")
-    steps = [{part: torch.zeros(2, dtype=torch.float64) for part in PARTS} for _ in range(args.steps + 2)]
-    done = 0
-    for line in journal:
-        seconds = torch.tensor([line["seconds"], line["cpu_seconds"]], dtype=torch.float64)
-        steps[done][names.get(line["phase"], "rest")] += seconds
-        done += line["phase"] == "train"
-    return steps[1:done]
+    common.set_seed = begin_and_set_seed
+    clock.wrap(common, "rollout", "rollout")
+    for name in ("__init__", "__call__"):  # spr.py loads the reward model anew in each update
+        clock.wrap(common.Reward, name, "scoring")
+    for name in ("forward", "forward_all", "backward", "optimizer_step"):
+        clock.wrap(common, name)
+    script = "spr" if args.script == "sft" else args.script
+    sys.argv = [f"{script}.py", *flags, "--output-dir", str(folder / "run")]
+    import_module(script).main()
+    return clock.steps()
 
 
 def decode(model, prompts_BP: torch.Tensor, length: int, greedy: bool) -> torch.Tensor:
@@ -147,17 +155,17 @@ def nll(model, tokens_BL: torch.Tensor, length: int) -> torch.Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BL[:, -length:].flatten(), reduction="sum")
 
 
-def floor(args: Args, placement: common.Placement, model: str, reward_model: str, prompts_BP, length) -> dict:
+def floor(args: Args, backend: common.Backend, model: str, reward_model: str, prompts_BP, length) -> dict:
     """The median (wall, CPU) seconds of each unavoidable part alone."""
     causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-    policy = common.load_model(model, causal, placement).eval().to(placement.device)
-    reward = common.load_model(reward_model, classifier, placement, num_labels=1).eval().to(placement.device)
+    policy = common.load_model(model, causal, backend).eval().to(backend.device)
+    reward = common.load_model(reward_model, classifier, backend, num_labels=1).eval().to(backend.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     if args.script in ("spr", "sft"):
         prompts_BP = prompts_BP.repeat_interleave(2, 0)
     models = [policy] + [reward] * (args.script == "ppo")  # the value model has the reward model's shape
-    micro = placement.micro_batch_size
+    micro = backend.micro_batch_size
     tokens_BL = None
 
     @torch.no_grad()
@@ -235,22 +243,22 @@ def main() -> None:
         )
         rows = [dict(prompt=prompt, completion=completion) for prompt, completion in zip(*texts, strict=True)]
         (folder / "prompts.jsonl").write_text(common.json_lines(rows))
+        rows_per_prompt = 2 if args.script in ("spr", "sft") else 1
+        prompts_per_update = batch_size * 2 if args.script == "sft" else batch_size
+        micro_batch_size = args.micro_batch_size or batch_size * rows_per_prompt
         flags = ["--model", model, "--reward-model", str(folder / "reward_model"), "--dataset"]
-        flags += [str(folder / "prompts.jsonl"), "--eval-every", "0", "--batch-size", str(batch_size)]
+        flags += [str(folder / "prompts.jsonl"), "--eval-every", "0", "--batch-size", str(prompts_per_update)]
+        flags += ["--total-episodes", str(prompts_per_update * (args.steps + 2))]
         flags += ["--response-length", str(response_length)]
-        flags += ["--max-prompt-length", str(prompt_length), "--micro-batch-size", str(batch_size)]
+        flags += ["--max-prompt-length", str(prompt_length), "--micro-batch-size", str(micro_batch_size)]
         flags += "--learning-rate 1e-5 --max-grad-norm 1.0".split()
-        flags += ["--num-epochs", str(args.ppo_epochs)] if args.script == "ppo" else []
-        if args.script in ("spr", "sft"):
-            flags += ["--iterations", str(args.steps + 1), "--epochs-per-iteration", "1"]
-            samples = "--num-samples 2 --completion-column none"
-            flags += (samples if args.script == "spr" else "--num-samples 0 --weighting uniform").split()
-            prompts = batch_size * (1 if args.script == "spr" else 2)
-            flags += ["--prompts-per-iteration", str(prompts), "--batch-size", str(prompts)]
-            steps = run_phases(args, folder, flags + shlex.split(args.flags))
-        else:
-            flags += ["--total-episodes", str(batch_size * (args.steps + 2))]
-            steps = run_script(args, folder, flags + shlex.split(args.flags))
+        if args.script == "ppo":
+            flags += ["--num-epochs", str(args.ppo_epochs)]
+        elif args.script == "spr":
+            flags += "--num-samples 2 --completion-column none --num-epochs 1 --num-minibatches 1".split()
+        elif args.script == "sft":
+            flags += "--num-samples 0 --weighting uniform --num-epochs 1 --num-minibatches 1".split()
+        steps = run_script(args, folder, flags + shlex.split(args.flags))
         saved = json.loads((folder / "run" / "args.json").read_text())
         metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
@@ -262,8 +270,9 @@ def main() -> None:
         if args.floor:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             settings = {field: saved[field] for field in ("dtype", "attention", "micro_batch_size")}
-            placement = common.Placement(device, zero_stage=0, offload=False, **settings)
-            parts = floor(args, placement, model, flags[3], prompts_BP.to(device), response_length)
+            settings |= dict(zero_stage=0, offload=False, gradient_checkpointing=False)
+            backend = common.Backend(rank=0, world_size=1, device=device, **settings)
+            parts = floor(args, backend, model, flags[3], prompts_BP.to(device), response_length)
             row |= dict(zip(("floor_s", "floor_cpu_s"), sum(parts.values()).tolist(), strict=True))
             row |= {f"floor_{part}": float(seconds[on]) for part, seconds in parts.items()}
     row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length, flags=args.flags)

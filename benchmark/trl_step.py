@@ -6,7 +6,8 @@ In an environment of its own, with torch and transformers as in requirements.txt
     python benchmark/trl_step.py rloo|ppo1|ppo4 W1|W2|G1|G2 [--steps 5] [--bf16]
 
 RLOO generates two responses per prompt, as many as ReMax, and trains on both. No gradient checkpointing, no text
-cleaning, the end of text suppressed, one optimizer step per batch and epoch. Appends to benchmark/peers.jsonl.
+cleaning, the end of text suppressed, one optimizer step per batch and epoch. Appends to
+benchmark/results/peers.jsonl.
 """
 
 import argparse
@@ -31,7 +32,7 @@ parser.add_argument("workload", choices=workloads.WORKLOADS)
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--micro-batch-size", type=int, help="rows per forward and backward of RLOO; default all")
-parser.add_argument("--results", type=Path, default=Path(__file__).parent / "peers.jsonl")
+parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "peers.jsonl")
 args = parser.parse_args()
 
 kind, shape, batch_size, prompt_length, response_length = workloads.WORKLOADS[args.workload]

@@ -1,10 +1,11 @@
 """SPR at several β, Best-of-N and uniform weights, at equal numbers of samples, over several seeds.
 
-    python benchmark/weighting.py --task reviews --num-samples 4 8 16 --betas 0.3 1 3 --prompts-per-iteration 128 \
-        --batch-size 32 --learning-rate 5e-4 --gold-reward-function examples/reviews/sentiment.py:reward
+    python benchmark/weighting.py --task reviews --num-samples 4 8 16 --betas 0.3 1 3 --total-episodes 384 \
+        --batch-size 128 --num-epochs 2 --num-minibatches 4 --learning-rate 5e-4 \
+        --gold-reward-function examples/reviews/sentiment.py:reward
 
 Every run is a subprocess of spr.py, one thread; flags that are not of this script go to it. Appends one JSON line per
-run to benchmark/weighting.jsonl (a run that is already there is not repeated) and prints the table of the task.
+run to benchmark/results/weighting.jsonl (a run that is already there is not repeated) and prints the table of the task.
 """
 
 import concurrent.futures
@@ -31,12 +32,12 @@ class Args:
     """Samples per prompt."""
     betas: tuple[float, ...] = (0.3, 1.0, 3.0)
     """Temperatures of the weights, in reward units."""
-    iterations: int = 3
-    """Iterations of each run."""
     seeds: int = 3
     """Seeds 1 … this."""
     jobs: int = 1
     """Runs at a time."""
+    results: Path = HERE / "results" / "weighting.jsonl"
+    """File that the results are appended to."""
 
 
 def run(task: str, method: str, num_samples: int, seed: int, flags: list[str]) -> dict:
@@ -47,8 +48,8 @@ def run(task: str, method: str, num_samples: int, seed: int, flags: list[str]) -
         environment = os.environ | dict(OMP_NUM_THREADS="1")
         subprocess.run(command, env=environment, check=True, capture_output=True)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    wanted = "eval_reward eval_gold_reward eval_win_rate eval_kl reward gold_reward best_reward weight_ess".split()
-    evaluations = [{name: row[name] for name in wanted if name in row} for row in rows if "eval_reward" in row]
+    names = "reward gold_reward best_reward weight_ess eval_reward eval_gold_reward eval_win_rate eval_log_ratio"
+    evaluations = [{name: row[name] for name in names.split() if name in row} for row in rows if "eval_reward" in row]
     key = dict(task=task, method=method, num_samples=num_samples, seed=seed, flags=" ".join(flags))
     return key | dict(evaluations=evaluations)
 
@@ -68,10 +69,9 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     args, flags = tyro.cli(Args, return_unknown_args=True)
-    flags += ["--iterations", str(args.iterations)]
     methods = {f"SPR, β = {beta:g}": ["--beta", str(beta)] for beta in args.betas}
     methods |= {"Best-of-N": ["--weighting", "best-of-n"], "uniform": ["--weighting", "uniform"]}
-    path = HERE / "weighting.jsonl"
+    path = args.results
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     results = [row for row in results if row["task"] == args.task]
     done = {(row["method"], row["num_samples"], row["seed"]) for row in results}

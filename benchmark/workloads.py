@@ -1,7 +1,7 @@
 """The work that benchmarks are measured on: random weights, random prompts of one length, one character per token.
 
-Needs torch and transformers only, so that other libraries can be measured in an environment of their own. W1 and W2
-fit a CPU; G1 to G3 are for a GPU. `tiny` is for tests.
+Needs torch and transformers only, so that other libraries can be measured in an environment of their own. W1, W2 and
+M1 (for memory) fit a CPU; G1 to G3 are for a GPU. `tiny` is for tests.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ LLAMA |= dict(num_hidden_layers=32, num_attention_heads=32)  # 6.7 billion
 WORKLOADS = {
     "W1": ("gpt2", SMALL, 64, 16, 48),
     "W2": ("gpt2", GPT2, 8, 32, 32),
+    "M1": ("gpt2", GPT2, 16, 64, 64),
     "G1": ("gpt2", GPT2, 256, 64, 128),
     "G2": ("opt", OPT, 256, 64, 128),
     "G3": ("llama", LLAMA, 64, 64, 128),
@@ -46,6 +47,8 @@ def save_policy(folder: Path, kind: str, dtype: str = "float32", **shape) -> Non
     """A language model with random weights, without dropout, and its tokenizer."""
     ids = dict(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)
     drop = dict(gpt2=dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), opt=dict(dropout=0.0), llama={})[kind]
+    if kind == "gpt2":
+        shape["activation_function"] = "gelu_pytorch_tanh"  # one kernel in place of the eight of GPT-2's gelu_new
     config = transformers.AutoConfig.for_model(kind, **shape, **ids, **drop)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
