@@ -1,6 +1,6 @@
-"""The figures of the READMEs, from the committed result files; needs matplotlib, which nothing else here does.
+"""The figures of the READMEs, drawn from the result files; nothing else here needs matplotlib.
 
-python benchmark/figures.py [--folder benchmark]
+python benchmark/figures.py [--folder benchmark/results]
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
 NAMES = {"remax": "ReMax", "reinforce": "REINFORCE", "ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
 NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
@@ -24,12 +24,12 @@ METHODS |= {"PPO, 1 epoch": "#4878cf", "PPO, 4 epochs": "#b47cc7"}
 
 
 def read(name: str) -> list[dict]:
-    path = HERE / name
+    path = RESULTS / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def step_time(workloads: list[str]):
-    """CPU seconds per update, in parts where we have them, and the floor; of several runs the median one."""
+    """CPU seconds per update, the parts of our scripts, and the floor; the median run where there are several."""
     runs = {}
     for row in read("step.jsonl") + read("peers.jsonl"):
         runs.setdefault((row["workload"], row["name"]), []).append(row)
@@ -58,8 +58,12 @@ def step_time(workloads: list[str]):
 
 
 def memory():
-    """Peak resident memory of the scripts, above what the imports take, beside bytes per parameter."""
-    rows = list({row["name"]: row for row in read("memory.jsonl")}.values())
+    """Peak resident memory of the scripts, with and without the imports, beside bytes per parameter; medians."""
+    runs = {}
+    for row in read("memory.jsonl"):
+        if row["workload"] == "M1" and not row["flags"]:
+            runs.setdefault(row["name"], []).append(row)
+    rows = [sorted(group, key=lambda row: row["peak_rss_mb"])[len(group) // 2] for group in runs.values()]
     figure, axis = plt.subplots(figsize=(4.5, 2.4), layout="constrained")
     for y, row in enumerate(rows[::-1]):
         axis.barh(y, row["imports_mb"] / 1e3, color="#d0d0d0")
@@ -68,6 +72,22 @@ def memory():
         axis.text(row["imports_mb"] / 1e3 + 0.05, y, label, va="center", fontsize=8, color="white")
     axis.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"].upper()) for row in rows[::-1]], fontsize=8)
     axis.set_title("peak memory, GPT-2 124M, float32 (grey: imports)", fontsize=9)
+    return figure
+
+
+def first_run():
+    """Reward and gold reward in the README's first command: sampled responses of training, greedy held-out ones."""
+    rows = read("first_run.jsonl")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    titles = dict(reward="reward, which is trained on", gold_reward="gold reward, the truth")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        sampled = [(row["episodes"], row[name]) for row in rows if name in row]
+        greedy = [(row["episodes"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
+        axis.plot(*zip(*sampled), color="#4878cf", linewidth=1, label="sampled responses")
+        axis.plot(*zip(*greedy), "o-", color="#d65f5f", linewidth=1, label="greedy responses to held-out prompts")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("prompts", fontsize=8)
+    axes[0].legend(fontsize=7)
     return figure
 
 
@@ -100,9 +120,10 @@ def learning():
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=HERE, help="where the PNG files go")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
-    for name, figure in (("step", step_time(["W1", "W2"])), ("memory", memory()), ("learning", learning())):
+    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory(), learning=learning())
+    for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
