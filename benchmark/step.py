@@ -114,14 +114,18 @@ class Clock:
 
 def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, torch.Tensor]]:
     """Runs main() -> the time of each part, by update."""
-    common.eos_ids = lambda model, tokenizer: [-1]  # no token ends a response
-    clock, set_seed = Clock(), common.set_seed
+    clock, set_seed, load_policy = Clock(), common.set_seed, common.load_policy
 
     def begin_and_set_seed(*numbers):
         clock.begin()
         set_seed(*numbers)
 
-    common.set_seed = begin_and_set_seed
+    def load_policy_without_end(*args):
+        policy = load_policy(*args)
+        policy.eos_ids = [-1]  # no token ends a response
+        return policy
+
+    common.set_seed, common.load_policy = begin_and_set_seed, load_policy_without_end
     clock.wrap(common, "rollout", "rollout")
     for name in ("__init__", "__call__"):  # spr.py loads the reward model anew in each update
         clock.wrap(common.Reward, name, "scoring")
@@ -155,17 +159,18 @@ def nll(model, tokens_BL: torch.Tensor, length: int) -> torch.Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BL[:, -length:].flatten(), reduction="sum")
 
 
-def floor(args: Args, backend: common.Backend, model: str, reward_model: str, prompts_BP, length) -> dict:
-    """The median (wall, CPU) seconds of each unavoidable part alone."""
+def floor(args: Args, saved: dict, model: str, reward_model: str, prompts_BP, length) -> dict:
+    """The median (wall, CPU) seconds of each unavoidable part alone. `saved`: flags of the script's run."""
     causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-    policy = common.load_model(model, causal, backend).eval().to(backend.device)
-    reward = common.load_model(reward_model, classifier, backend, num_labels=1).eval().to(backend.device)
+    kwargs = dict(dtype=getattr(torch, saved["dtype"]), attn_implementation=saved["attention"])
+    policy = causal.from_pretrained(model, **kwargs).eval().to(prompts_BP.device)
+    reward = classifier.from_pretrained(reward_model, **kwargs).eval().to(prompts_BP.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     if args.script in ("spr", "sft"):
         prompts_BP = prompts_BP.repeat_interleave(2, 0)
     models = [policy] + [reward] * (args.script == "ppo")  # the value model has the reward model's shape
-    micro = backend.micro_batch_size
+    micro = saved["micro_batch_size"]
     tokens_BL = None
 
     @torch.no_grad()
@@ -269,10 +274,7 @@ def main() -> None:
         row |= {part: statistics.median(float(step[part][on]) for step in steps) for part in PARTS}
         if args.floor:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            settings = {field: saved[field] for field in ("dtype", "attention", "micro_batch_size")}
-            settings |= dict(zero_stage=0, offload=False, gradient_checkpointing=False)
-            backend = common.Backend(rank=0, world_size=1, device=device, **settings)
-            parts = floor(args, backend, model, flags[3], prompts_BP.to(device), response_length)
+            parts = floor(args, saved, model, flags[3], prompts_BP.to(device), response_length)
             row |= dict(zip(("floor_s", "floor_cpu_s"), sum(parts.values()).tolist(), strict=True))
             row |= {f"floor_{part}": float(seconds[on]) for part, seconds in parts.items()}
     row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length, flags=args.flags)
