@@ -73,8 +73,8 @@ def lines_to_know_all_about(script: str) -> int:
     return len(SOURCES[script].splitlines()) + below + HEADER_LINES
 
 
-# common.py had 999 lines after the redesign; the cache, the load check and texts as they stand after a prompt add 83.
-@pytest.mark.parametrize("name, budget", [("common", 1085), ("remax", 275), ("spr", 310)])
+# common.py had 999 lines after the redesign; the cache, the load check and texts as they stand after a prompt add 91.
+@pytest.mark.parametrize("name, budget", [("common", 1095), ("remax", 275), ("spr", 310)])
 def test_files_stay_within_their_lines(name, budget):
     assert len(SOURCES[name].splitlines()) <= budget
 
