@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -571,7 +572,8 @@ def train_engine(module, backend, max_grad_norm):
 
 
 def reset_optimizer(engine):
-    """Adam's moments and its count of steps are 0 again."""
+    """Adam's moments and its count of steps are 0 again; frozen models that nobody uses any more leave the memory."""
+    gc.collect()  # modules refer to each other in circles
     for state in engine.basic_optimizer.state.values():
         for value in state.values():
             value.zero_()

@@ -190,9 +190,10 @@ def main() -> None:
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
+    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
 
     def load_reward():
-        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend)
+        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, whole)
 
     rewards = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
@@ -217,12 +218,12 @@ def main() -> None:
         common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
 
     def evaluate(policy):
-        reference = common.freeze(load_policy(args.model, backend), backend)
+        reference = common.freeze(load_policy(args.model, whole), whole)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
     run = common.Run(args, __file__, num_updates, policy)
     if eval_prompts:
-        initial_rows = evaluate(common.freeze(load_policy(args.model, backend), backend))
+        initial_rows = evaluate(common.freeze(load_policy(args.model, whole), whole))
         if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
@@ -254,11 +255,10 @@ def main() -> None:
         for step, minibatch in enumerate(minibatches, start=1):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
-            order = weights_B[numbers].argsort(descending=True, stable=True).tolist()
             num_kept = max(common.gather_rows([int((weights_B[numbers] > 0).sum())]))
-            numbers = numbers[order[:num_kept]]
-            for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
-                rows = numbers[positions].tolist()
+            kept = numbers[weights_B[numbers].argsort(descending=True, stable=True)[:num_kept].tolist()]
+            for positions, is_last in common.micro_batches(mask_BT[kept].sum(1), args.micro_batch_size):
+                rows = kept[positions].tolist()
                 logprobs_MT = common.forward(policy, responses[rows])
                 loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
                 common.backward(policy, loss, is_last)
