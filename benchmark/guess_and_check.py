@@ -1,0 +1,143 @@
+"""All methods on the second example, whose reward is a rule: held-out success before and after training.
+
+    python benchmark/guess_and_check.py [--methods remax reinforce …] [--seeds 5]
+
+Every run is a subprocess of the script, one thread. Then its policy gives 8 samples to each held-out question. Appends
+one JSON line per run to benchmark/results/guess_and_check.jsonl (a run that is already there is not repeated) and
+prints the table. --reward-function trains on another rule; what is measured stays the example's.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import remax  # noqa: E402
+
+EXAMPLE = "examples/guess_and_check"
+ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")  # before this process joins a group
+POLICY = f"--model {EXAMPLE}/policy"
+DATA = f"--dataset {EXAMPLE}/prompts.jsonl --eval-dataset {EXAMPLE}/prompts_test.jsonl"
+GRADIENT = "--total-episodes 3200 --learning-rate 4e-4 --kl-coef 0 --response-length 60 --eval-size 100 --eval-every 5"
+FIT = "--total-episodes 880 --batch-size 220 --beta 0.3 --learning-rate 1e-3 --response-length 60 --eval-size 100"
+METHODS = dict(
+    remax=f"remax.py {POLICY} {DATA} RULE {GRADIENT}",
+    reinforce=f"reinforce.py {POLICY} {DATA} RULE {GRADIENT}",
+    rloo=f"reinforce.py {POLICY} {DATA} RULE {GRADIENT} --baseline leave-one-out --num-samples 2",
+    ppo=f"ppo.py {POLICY} {DATA} RULE {GRADIENT} --num-epochs 1",
+    spr=f"spr.py {POLICY} {DATA} RULE {FIT}",
+    best_of_n=f"spr.py {POLICY} {DATA} RULE {FIT} --weighting best-of-n",
+    uniform=f"spr.py {POLICY} {DATA} RULE {FIT} --weighting uniform",
+)
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Names of METHODS, or `before` for the policy as it is."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Seeds of the runs."""
+    reward_function: str = f"{EXAMPLE}/rule.py:reward"
+    """The rule that is trained on."""
+    results: Path = HERE / "results" / "guess_and_check.jsonl"
+    """File that the results are appended to."""
+
+
+def run(command: str, folder: Path) -> dict:
+    """CPU seconds, and a curve: the evaluations' prompts, success and length, as in metrics.jsonl."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, *command.split()[1:], "--output-dir", str(folder)]
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("episodes", "eval_reward", "eval_response_length", "reward", "response_length")
+    curve = {name: [row.get(name) for row in rows] for name in names}
+    return dict(cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, curve=curve)
+
+
+def measure(path: Path) -> dict:
+    """Of 8 sampled responses and the greedy one to each held-out question."""
+    os.chdir(ROOT)
+    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60, micro_batch_size=100)
+    backend = common.start_processes(flags)
+    tokenizer = common.load_tokenizer(flags.model)
+    sampling = common.Sampling(64, 60, 1.0, 900)
+    policy, reference = (
+        common.freeze(common.load_policy(str(folder), tokenizer, sampling, backend), backend)
+        for folder in (path, flags.model)
+    )
+    prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
+    reward = common.Reward(None, f"{EXAMPLE}/rule.py:reward", 0.0, backend)
+    common.set_seed(0)
+    responses = common.rollout(policy, prompts, num_samples=8, greedy=True)
+    sampled = responses[: 8 * len(prompts)]
+    logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 100) for model in (policy, reference))
+    success_R = reward(responses)
+    success_X8 = success_R[: len(sampled.texts)].view(-1, 8)
+    claims = torch.tensor([text.endswith("!") for text in sampled.texts])
+    first_guesses = [text.split(", ")[0].rstrip("!?") for text in sampled.texts]
+    answers = [prompt.columns["answer"] for prompt in sampled.prompts]
+    return dict(
+        greedy_success=success_R[len(sampled.texts) :].mean().item(),
+        greedy_length=responses.mask_BT[len(sampled.texts) :].sum(1).float().mean().item(),
+        success=success_X8.mean().item(),
+        pass_at_8=success_X8.amax(1).mean().item(),
+        length=sampled.mask_BT.sum(1).float().mean().item(),
+        kl=((logprobs_BT - ref_logprobs_BT) * sampled.mask_BT).sum(1).mean().item(),
+        wrong_claims=(claims & (success_X8.flatten() == 0)).float().mean().item(),
+        first_guess=statistics.fmean(guess == answer for guess, answer in zip(first_guesses, answers, strict=True)),
+    )
+
+
+def table(results: list[dict]) -> str:
+    columns = dict(greedy_success="greedy success", success="sampled", pass_at_8="pass@8", length="tokens", kl="KL")
+    columns |= dict(wrong_claims="wrong “!”", first_guess="first guess right", cpu_seconds="CPU s")
+    lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in results):
+        rows = [row for row in results if row["method"] == method]
+        cells = []
+        for name in columns:
+            values = [row[name] for row in rows]
+            digits = 1 if name in ("length", "cpu_seconds") else 2
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
+        lines.append(f"| {method} ({len(rows)}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for seed in args.seeds:
+        for method in args.methods:
+            rule = f"--reward-function {args.reward_function}"
+            command = "python " + METHODS.get(method, "").replace("RULE", rule) + f" --seed {seed}"
+            if any((row["method"], row["command"]) == (method, command) for row in results):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                is_run = method in METHODS
+                row = run(command, Path(folder, "run")) if is_run else dict(cpu_seconds=0.0)
+                row = measure(Path(folder, "run", "policy") if is_run else Path(EXAMPLE, "policy")) | row
+            key = dict(task="guess_and_check", method=method, seed=seed, command=command, commit=git.stdout.strip())
+            results.append(key | row)
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print(f"{method}, seed {seed}: greedy success {row['greedy_success']:.2f}", flush=True)
+    print("\n" + table(results))
+
+
+if __name__ == "__main__":
+    main()
