@@ -1,6 +1,6 @@
 """The reward of the example is a rule: a program can tell whether an answer is right.
 
-    python remax.py … --reward-function examples/guess_and_check/rule.py:reward
+python remax.py … --reward-function examples/guess_and_check/rule.py:reward
 """
 
 
