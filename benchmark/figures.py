@@ -21,6 +21,9 @@ NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 e
 NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
 METHODS = {"REINFORCE": "#999999", "RLOO, N = 2, equal prompts": "#6acc65", "ReMax": "#d65f5f"}
 METHODS |= {"PPO, 1 epoch": "#4878cf", "PPO, 4 epochs": "#b47cc7"}
+RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
+RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
+RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
 
 
 def read(name: str) -> list[dict]:
@@ -118,11 +121,32 @@ def learning():
     return figure
 
 
+def guess_and_check():
+    """Greedy success and response length on the second example's held-out questions: mean and range over seeds."""
+    runs = {}
+    for row in read("guess_and_check.jsonl"):
+        runs.setdefault(row["method"], []).append(row["curve"])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    titles = dict(eval_reward="greedy success on held-out questions", eval_response_length="their tokens")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for method, (label, num_samples, colour) in RULE_METHODS.items():
+            evaluated = [i for i, value in enumerate(runs[method][0][name]) if value is not None]
+            x = [num_samples * runs[method][0]["episodes"][i] for i in evaluated]
+            values = [[curve[name][i] for curve in runs[method]] for i in evaluated]  # of each seed
+            axis.plot(x, [statistics.fmean(v) for v in values], color=colour, label=label, linewidth=1)
+            axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
+        axis.set_xlabel("sampled responses", fontsize=8)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
     figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory(), learning=learning())
+    figures["guess_and_check"] = guess_and_check()
     for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)

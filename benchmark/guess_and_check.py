@@ -40,6 +40,8 @@ METHODS = dict(
     spr=f"spr.py {POLICY} {DATA} RULE {FIT}",
     best_of_n=f"spr.py {POLICY} {DATA} RULE {FIT} --weighting best-of-n",
     uniform=f"spr.py {POLICY} {DATA} RULE {FIT} --weighting uniform",
+    spr_token=f"spr_token.py {POLICY} {DATA} RULE {FIT.replace('880', '660')}",
+    dpo=f"dpo.py {POLICY} --dataset {EXAMPLE}/preferences.jsonl --response-length 60 --learning-rate 4e-4",
 )
 
 
@@ -125,17 +127,18 @@ def main() -> None:
         for method in args.methods:
             rule = f"--reward-function {args.reward_function}"
             command = "python " + METHODS.get(method, "").replace("RULE", rule) + f" --seed {seed}"
-            if any((row["method"], row["command"]) == (method, command) for row in results):
+            name = method if args.reward_function == Args.reward_function else f"{method}, {args.reward_function}"
+            if any((row["method"], row["command"]) == (name, command) for row in results):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 is_run = method in METHODS
                 row = run(command, Path(folder, "run")) if is_run else dict(cpu_seconds=0.0)
                 row = measure(Path(folder, "run", "policy") if is_run else Path(EXAMPLE, "policy")) | row
-            key = dict(task="guess_and_check", method=method, seed=seed, command=command, commit=git.stdout.strip())
+            key = dict(task="guess_and_check", method=name, seed=seed, command=command, commit=git.stdout.strip())
             results.append(key | row)
             with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
-            print(f"{method}, seed {seed}: greedy success {row['greedy_success']:.2f}", flush=True)
+            print(f"{name}, seed {seed}: greedy success {row['greedy_success']:.2f}", flush=True)
     print("\n" + table(results))
 
 
