@@ -122,22 +122,22 @@ def learning():
 
 
 def guess_and_check():
-    """Greedy success and response length on the second example's held-out questions: mean and range over seeds."""
+    """Success and length of the responses sampled in training on the second example: mean and range over seeds."""
     runs = {}
     for row in read("guess_and_check.jsonl"):
-        runs.setdefault(row["method"], []).append(row["curve"])
+        runs.setdefault(row["method"], []).append(row.get("curve"))
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    titles = dict(eval_reward="greedy success on held-out questions", eval_response_length="their tokens")
+    titles = dict(reward="success of sampled responses", response_length="their tokens")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for method, (label, num_samples, colour) in RULE_METHODS.items():
-            evaluated = [i for i, value in enumerate(runs[method][0][name]) if value is not None]
-            x = [num_samples * runs[method][0]["episodes"][i] for i in evaluated]
-            values = [[curve[name][i] for curve in runs[method]] for i in evaluated]  # of each seed
-            axis.plot(x, [statistics.fmean(v) for v in values], color=colour, label=label, linewidth=1)
+            x = [num_samples * episodes for episodes in runs[method][0]["episodes"][:-1]]  # before each update
+            values = list(zip(*(curve[name][1:] for curve in runs[method]), strict=True))  # of each seed
+            style = ".-" if len(x) < 10 else "-"
+            axis.plot(x, list(map(statistics.fmean, values)), style, color=colour, label=label, linewidth=1)
             axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
         axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
-        axis.set_xlabel("sampled responses", fontsize=8)
-    axes[0].legend(fontsize=7)
+        axis.set_xlabel("sampled responses so far", fontsize=8)
+    axes[1].legend(fontsize=7)
     return figure
 
 
