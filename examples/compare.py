@@ -20,6 +20,8 @@ from typing import Literal
 
 import tyro
 
+for number in (signal.SIGINT, signal.SIGPIPE):
+    signal.signal(number, signal.SIG_DFL)  # ctrl-C, or `| head`, ends the program without a traceback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import NonNegativeInt, PathOrName, PositiveFloat, PositiveInt  # noqa: E402
@@ -93,8 +95,6 @@ def show(head, text):
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)  # ctrl-C, or `| head`, ends the program without a traceback
     args = common.parse_args(Args)
     if not 1 <= len(args.policies) <= 26:
         common.fail("give 1 to 26 policies, as in: compare.py examples/reviews/policy runs/NAME")
@@ -113,6 +113,7 @@ def main() -> None:
     print(f"Rewards: {args.reward_function or args.reward_model}; a response that ends in […] was cut off", flush=True)
 
     if args.typed:
+        print("Type a prompt a line; ctrl-D ends.", flush=True)
         rows = typed_prompts(args, [policy.tokenizer for policy in policies.values()])
     else:
         shared = [where for where in data[0] if all(where in prompts for prompts in data)]

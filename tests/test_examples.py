@@ -100,8 +100,7 @@ def test_compare_shows_the_responses_and_rewards_that_the_run_has_measured(run, 
             assert text.removesuffix(" […]") == sample["response"]
             assert sample["response_length"] == 12 or not text.endswith(" […]")
         assert re.search(rf"^{letter} greedy +{row['eval_reward']:.2f}$", result.stdout, re.M)  # the mean
-    cut_off = [sample for sample in samples if not sample["response"].endswith(".")]
-    assert cut_off and " […]" in result.stdout
+    assert any(text.endswith(" […]") for _, texts in blocks for rows in texts.values() for _, text in rows)
     for _, texts in blocks:
         assert texts["B", "sampled"] == texts["C", "sampled"]  # of one policy, by one seed
         assert len(set(texts["B", "sampled"])) == 2
@@ -121,15 +120,22 @@ def test_compare_reads_typed_prompts(digits, tmp_path):
 
 
 def test_a_typed_message_goes_through_the_chat_template(digits, monkeypatch):
+    from tokenizers import processors
+
     import common
 
     tokenizer = common.load_tokenizer(str(digits))
     tokenizer.num_embeddings = 11
+    bos = processors.TemplateProcessing(single="x $A", special_tokens=[("x", 2)])
+    tokenizer.backend_tokenizer.post_processor = bos
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"is it 8 or 9?\n"), encoding="utf-8"))
-    args = types.SimpleNamespace(chat=True, max_prompt_length=2)
-    (((prompt,)),) = program("compare", monkeypatch)["typed_prompts"](args, [tokenizer])
-    assert prompt.text == "user: is it 8 or 9? 7"
-    assert prompt.ids == tokenizer.convert_tokens_to_ids(["9", "7"])
+    names = program("compare", monkeypatch)
+    for max_length, wanted in ((16, "897"), (2, "97")):
+        sys.stdin.seek(0)
+        args = types.SimpleNamespace(chat=True, max_prompt_length=max_length)
+        (((prompt,)),) = names["typed_prompts"](args, [tokenizer])
+        assert prompt.text == "user: is it 8 or 9? 7"
+        assert prompt.ids == tokenizer.convert_tokens_to_ids(list(wanted))  # the template writes its own special tokens
 
 
 def test_compare_shows_prompts_that_all_tokenizers_can_read(digits, tmp_path):
@@ -138,11 +144,12 @@ def test_compare_shows_prompts_that_all_tokenizers_can_read(digits, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.py").write_text("def reward(prompts, responses, number):\n    return number\n")
     flags = "--dataset p.jsonl --reward-function r.py:reward --max-prompt-length 16 --response-length 4".split()
-    result = run_script("examples/compare.py", EXAMPLE / "policy", digits, *flags, cwd=tmp_path)
+    result = run_script("examples/compare.py", EXAMPLE / "policy", digits, digits, *flags, cwd=tmp_path)
     assert_ok(result)
     assert [prompt for prompt, _ in shown(result.stdout)] == ["12 films", "3 films"]
     for (_, texts), number in zip(shown(result.stdout), (1, 3)):
-        assert [score for scores in texts.values() for score, _ in scores] == [number, number]
+        assert [score for scores in texts.values() for score, _ in scores] == [number] * 3
+        assert texts["B", "greedy"] == texts["C", "greedy"] != texts["A", "greedy"]  # each reads its own ids
 
 
 def test_compare_refuses_in_one_line(monkeypatch, capsys, tmp_path):
