@@ -20,8 +20,9 @@ from typing import Literal
 
 import tyro
 
-for number in (signal.SIGINT, signal.SIGPIPE):
-    signal.signal(number, signal.SIG_DFL)  # ctrl-C, or `| head`, ends the program without a traceback
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)  # ctrl-C, or `| head`, ends the program without a traceback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import NonNegativeInt, PathOrName, PositiveFloat, PositiveInt  # noqa: E402
@@ -36,6 +37,8 @@ class Args:
     """Seed of the sampled responses; each policy starts from it at each prompt."""
     dataset: PathOrName = "examples/reviews/prompts_test.jsonl"
     """Prompts: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -77,10 +80,10 @@ def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
         for tokenizer in tokenizers:
             line = line.rstrip("\n")
             row = dict(line=[dict(role="user", content=line)] if args.chat else line)
-            text = common.read_text(row, "line", "--chat", tokenizer)
+            text, messages = common.read_prompt(row, "line", "--chat", tokenizer)
             ids = common.encode(tokenizer, text, add_special_tokens=not args.chat)
             ids = common.cut_left(ids, args.max_prompt_length, tokenizer.bos_token_id)
-            prompts.append(common.Prompt(text, ids, columns={}))
+            prompts.append(common.Prompt(text, ids, dict(messages=messages) if args.chat else {}))
         if all(prompt.ids for prompt in prompts):
             yield prompts
 
@@ -99,22 +102,25 @@ def main() -> None:
     if not 1 <= len(args.policies) <= 26:
         common.fail("give 1 to 26 policies, as in: compare.py examples/reviews/policy runs/NAME")
     backend = common.start_processes(args)
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-    reward = common.Reward(args.reward_model, args.reward_function, missing_eos_penalty=0.0, backend=backend)
-    policies, data = {}, []
+    paths, tokenizers, data = [], [], []
     for letter, path in zip(string.ascii_uppercase, args.policies):
         print(f"{letter}: {path}")
-        path = str(Path(path, "policy")) if Path(path, "policy").is_dir() else path
-        tokenizer = common.load_tokenizer(path)
-        policies[letter] = common.freeze(common.load_policy(path, tokenizer, sampling, backend), backend)
+        paths.append(str(Path(path, "policy")) if Path(path, "policy").is_dir() else path)
+        tokenizers.append(common.load_tokenizer(paths[-1]))
         if not args.typed:
-            options = (args.dataset, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
-            data.append({prompt.where: prompt for prompt in common.load_prompts(*options)})
-    print(f"Rewards: {args.reward_function or args.reward_model}; a response that ends in […] was cut off", flush=True)
+            hub = (args.dataset_config, args.dataset_split)
+            options = (hub, args.prompt_column, tokenizers[-1], args.max_prompt_length)
+            data.append({prompt.where: prompt for prompt in common.load_prompts(args.dataset, *options)})
+    reward = common.Reward(args.reward_model, args.reward_function, missing_eos_penalty=0.0, backend=backend)
+    print(f"Rewards: {reward.name}; a response that ends in […] was cut off", flush=True)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
+    policies = {}
+    for letter, path, tokenizer in zip(string.ascii_uppercase, paths, tokenizers):
+        policies[letter] = common.freeze(common.load_policy(path, tokenizer, sampling, backend), backend)
 
     if args.typed:
         print("Type a prompt a line; ctrl-D ends.", flush=True)
-        rows = typed_prompts(args, [policy.tokenizer for policy in policies.values()])
+        rows = typed_prompts(args, tokenizers)
     else:
         shared = [where for where in data[0] if all(where in prompts for prompts in data)]
         rows = [[prompts[where] for prompts in data] for where in shared[: args.num_prompts]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-USUAL = ("reward", "gold_reward", "kl", "eval_reward", "eval_gold_reward", "eval_accuracy")
+USUAL = ("reward", "gold_reward", "kl", "eval_reward", "eval_gold_reward", "eval_accuracy", "eval_loss")
 COLOURS = ("#000000", "#d65f5f", "#4878cf", "#aaaaaa")  # with the dashes, lines differ in grey, too
 DASHES = ("-", "--", "-.", ":")
 STYLES = [(COLOURS[i % 4], DASHES[(i + i // 4) % 4]) for i in range(16)]
@@ -26,7 +26,7 @@ class Args:
     runs: tuple[Path, ...]
     """Folders of runs."""
     metrics: tuple[str, ...] = ()
-    """Columns of metrics.jsonl; by default those of the rewards, KL and accuracy that there are."""
+    """Columns of metrics.jsonl; by default those of the rewards, KL, accuracy and held-out loss that there are."""
     x: str = "episodes"
     """Column of the horizontal axis."""
     output: Path = Path("curves.png")

@@ -156,6 +156,9 @@ def test_compare_refuses_in_one_line(monkeypatch, capsys, tmp_path):
     assert "give 1 to 26 policies" in refusal("compare", monkeypatch, capsys)
     assert "nowhere" in refusal("compare", monkeypatch, capsys, tmp_path / "nowhere")
     assert "no.jsonl" in refusal("compare", monkeypatch, capsys, EXAMPLE / "policy", "--dataset", "no.jsonl")
+    (tmp_path / "own.jsonl").write_text('{"prompt": "The plot"}')
+    line = refusal("compare", monkeypatch, capsys, EXAMPLE / "policy", "--dataset", tmp_path / "own.jsonl")
+    assert "--reward-model or --reward-function: give one" in line  # the example's is not for these prompts
 
 
 # ---------------------------------------------------------------- plot.py
