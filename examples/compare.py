@@ -111,7 +111,8 @@ def main() -> None:
             hub = (args.dataset_config, args.dataset_split)
             options = (hub, args.prompt_column, tokenizers[-1], args.max_prompt_length)
             data.append({prompt.where: prompt for prompt in common.load_prompts(args.dataset, *options)})
-    reward = common.Reward(args.reward_model, args.reward_function, missing_eos_penalty=0.0, backend=backend)
+    first_prompt = next(iter(data[0].values())) if data else None
+    reward = common.Reward(args.reward_model, args.reward_function, 0.0, backend, first_prompt)
     print(f"Rewards: {reward.name}; a response that ends in […] was cut off", flush=True)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
     policies = {}
