@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 USUAL = ("reward", "gold_reward", "kl", "eval_reward", "eval_gold_reward", "eval_accuracy", "eval_loss")
-COLOURS = ("#000000", "#d65f5f", "#4878cf", "#aaaaaa")  # with the dashes, lines differ in grey, too
+COLOURS = ("#000000", "#b02a2a", "#5f8fe0", "#b8b8b8")  # black to light: lines differ in grey, too
 DASHES = ("-", "--", "-.", ":")
 STYLES = [(COLOURS[i % 4], DASHES[(i + i // 4) % 4]) for i in range(16)]
 
