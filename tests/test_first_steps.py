@@ -285,7 +285,7 @@ def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, c
     config = json.loads(Path("config.json").read_text())
     Path("config.json").write_text(
         json.dumps(config | dict(pad_token_id=config["eos_token_id"]))
-    )  # as GPT-2's often is
+    )
     capsys.readouterr()
     exec(code_of((tmp_path / "r" / "reward_model" / "README.md").read_text()), {})
     reward = common.Reward(str(tmp_path / "r" / "reward_model"), None, 0.0, start_backend())
