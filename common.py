@@ -1191,7 +1191,7 @@ def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    own = {name for name in ("model", "dataset") if getattr(args, name) != defaults[name]}
+    own = {name for name in ("model", "dataset") if getattr(args, name, None) != defaults.get(name)}
     forgotten = {"dataset", "eval_dataset", "reward_model"} & defaults.keys() if own else set()
     if getattr(args, "reward_function", None):
         forgotten.add("reward_model")
