@@ -11,6 +11,7 @@ from conftest import ROOT, read_metrics, run_here, start_backend
 import common
 
 EXAMPLE = ROOT / "examples" / "guess_and_check"
+RULE = "--reward-function examples/guess_and_check/rule.py:reward"
 PAGE = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 
 
@@ -103,10 +104,12 @@ def test_the_page_s_command_teaches_persistence(tmp_path, monkeypatch):
     assert last["eval_response_length"] > 3 * first["eval_response_length"]
 
 
-def test_the_page_s_table_is_that_of_the_results(monkeypatch):
+def test_the_page_s_table_and_commands_are_those_of_the_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
     import guess_and_check
 
     results = [json.loads(line) for line in guess_and_check.Args.results.read_text().splitlines()]
-    lines = guess_and_check.table(results).splitlines()
-    assert len(lines) > 5 and all(line in PAGE for line in lines)
+    assert guess_and_check.table(results) in PAGE
+    for method, command in guess_and_check.METHODS.items():
+        assert "python " + command.replace("RULE", RULE) in PAGE.splitlines()
+        assert method == "dpo" or {row["seed"] for row in results if row["method"] == method} == {1, 2, 3, 4, 5}

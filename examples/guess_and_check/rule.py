@@ -1,7 +1,4 @@
-"""The reward of the example is a rule: a program can tell whether an answer is right.
-
-python remax.py … --reward-function examples/guess_and_check/rule.py:reward
-"""
+"""The reward of the example: a program can tell whether an answer is right."""
 
 
 def reward(prompts: list[str], responses: list[str], answer: list[str], **columns: list) -> list[float]:
