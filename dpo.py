@@ -3,9 +3,9 @@ r"""DPO, direct preference optimization: a policy trained on pairs of responses 
     loss  =  mean over pairs of  −log σ(r(x, y_w) − r(x, y_l)),    r(x, y) = β log (π(y | x) / π_ref(y | x))
 
 (SPR, NeurIPS 2024 FITML workshop, eq. 24). The loss is that of reward_model.py. The reward is written in terms of the
-policy that is best for it, less β times the KL divergence to the initial policy π_ref; so the policy learns from the
-pairs alone. No reward model is trained, nothing is sampled, and log π_ref of the pairs is computed once, before training:
-one model is in memory. Without a reward to ask, the policy learns nothing about responses of its own.
+policy that is best for it, less β times the KL divergence to the initial policy π_ref; so the policy learns from pairs
+without a reward model and without sampling. One model is in memory, since log π_ref of the pairs is computed once,
+before training. Without a reward to ask, the policy learns nothing about responses of its own.
 
 What to look at while it trains: held-out accuracy and margin; the log-probabilities of chosen and rejected responses,
 which may both fall, since the loss knows only their difference; the greedy responses' log-ratio. The last lines are a
@@ -76,7 +76,7 @@ class Args:
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 64
     """Rows per forward and backward on one rank; changes memory, not results."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 3e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
@@ -124,7 +124,7 @@ class Pair:
     prompt: common.Prompt
     responses: tuple[str, str]
     ids: tuple[list[int], list[int]]
-    ref_logprobs: tuple[float, float] | None = None  # of the two responses, under the initial policy
+    ref_logprobs: tuple[float, float] = (0.0, 0.0)  # of the responses under the initial policy
 
 
 def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
@@ -150,10 +150,12 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
 
 
 def scores(model, pairs):
-    """Log-probabilities of whole responses, EOS included -> (chosen_B, rejected_B), in one forward."""
-    ids = [pair.ids[0] for pair in pairs] + [pair.ids[1] for pair in pairs]
-    responses = common.as_responses(model, [pair.prompt for pair in pairs + pairs], ids)
-    return (common.forward(model, responses) * responses.mask_BT).sum(1).chunk(2)
+    """Log-ratios log π − log π_ref of whole responses, EOS included -> (chosen_B, rejected_B), in one forward."""
+    chosen = [pair.ids[0] for pair in pairs]
+    rejected = [pair.ids[1] for pair in pairs]
+    responses = common.as_responses(model, [pair.prompt for pair in pairs + pairs], chosen + rejected)
+    logprobs_2B = (common.forward(model, responses) * responses.mask_BT).sum(1).view(2, -1)
+    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=model.device).T
 
 
 @torch.no_grad()
@@ -170,9 +172,9 @@ def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
 def evaluate(model, pairs, pairs_at_once, beta) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, logprobs in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
+    for pair, log_ratios in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
-            row = dict(logprob=logprobs[i], reward=beta * (logprobs[i] - pair.ref_logprobs[i]))
+            row = dict(reward=beta * log_ratios[i], logprob=log_ratios[i] + pair.ref_logprobs[i])
             rows.append(row | dict(length=len(pair.ids[i])))
     return rows
 
@@ -197,7 +199,9 @@ def evaluation_metrics(rows) -> dict[str, float]:
 
 def accuracy(margins_B):
     """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    return (margins_B > 0).float() + 0.5 * (margins_B == 0).float()
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
 
 
 def calibration_table(rows, bins: int = 5) -> str:
@@ -208,7 +212,8 @@ def calibration_table(rows, bins: int = 5) -> str:
     right_B = (margins_B > 0).float()
     lines = ["Certainty    pairs   predicted   observed"]
     for i in range(bins):
-        low, high = 0.5 + 0.5 * i / bins, 0.5 + 0.5 * (i + 1) / bins
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
         inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
         means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
         lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
@@ -246,11 +251,8 @@ def main() -> None:
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
 
     needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
-    for some in (
-        [pairs[i] for i in needed],
-        eval_pairs,
-    ):  # no checkpoint is loaded yet: the model is the initial policy
-        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):
+    for some in ([pairs[i] for i in needed], eval_pairs):  # the model is the initial policy: `run` resumes later
+        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):  # ratios to exp(0) as yet
             pair.ref_logprobs = logprobs
 
     def evaluated(update) -> dict[str, float]:
@@ -273,16 +275,14 @@ def main() -> None:
         batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
 
         # 5. Update: one step
-        losses, margins, chosen, rejected = [], [], [], []
+        losses, chosen, rejected = [], [], []
         lengths_B = torch.tensor([max(map(len, pair.ids)) for pair in batch])
         for numbers, is_last in common.micro_batches(lengths_B, pairs_at_once):
             chosen_M, rejected_M = scores(model, [batch[i] for i in numbers])
-            ref_logprobs_M2 = torch.tensor([batch[i].ref_logprobs for i in numbers], device=backend.device)
-            log_ratios = (chosen_M - ref_logprobs_M2[:, 0], rejected_M - ref_logprobs_M2[:, 1])
-            loss = preference_loss(*log_ratios, args.beta) * len(numbers) / B  # the engine averages over ranks
+            loss = preference_loss(chosen_M, rejected_M, args.beta)
+            loss = loss * len(numbers) / B  # the engine averages over ranks
             common.backward(model, loss, is_last)
             losses.append(loss.detach())
-            margins.append(args.beta * (log_ratios[0] - log_ratios[1]).detach())
             chosen.append(chosen_M.detach())
             rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
@@ -290,9 +290,14 @@ def main() -> None:
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
-        margins_B = torch.cat(margins)
-        means = dict(accuracy=accuracy(margins_B), margin=margins_B, loss=torch.stack(losses).sum())
-        means |= dict(chosen_logprob=torch.cat(chosen), rejected_logprob=torch.cat(rejected))
+        margins_B = args.beta * (torch.cat(chosen) - torch.cat(rejected))
+        means = dict(
+            accuracy=accuracy(margins_B),
+            margin=margins_B,
+            chosen_log_ratio=torch.cat(chosen),
+            rejected_log_ratio=torch.cat(rejected),
+            loss=torch.stack(losses).sum(),
+        )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(seconds_train=train_time - start_time)
@@ -305,7 +310,7 @@ def main() -> None:
 
     # 7. Save, and check that the saved model gives the same outputs
     rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
-    response = common.as_responses(model, [eval_pairs[0].prompt], [eval_pairs[0].ids[0]])
+    response = common.rollout(model, [eval_pairs[0].prompt], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(model, tokenizer, run.folder / "policy", load_model, inputs, backend)
     print("\n" + calibration_table(rows))

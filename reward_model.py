@@ -146,8 +146,9 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
 
 def scores(model, pairs):
     """-> (chosen_B, rejected_B), in one forward."""
-    ids = [pair.ids[0] for pair in pairs] + [pair.ids[1] for pair in pairs]
-    return model(*common.pad(ids, "right", model.device)).chunk(2)
+    chosen = [pair.ids[0] for pair in pairs]
+    rejected = [pair.ids[1] for pair in pairs]
+    return model(*common.pad(chosen + rejected, "right", model.device)).chunk(2)
 
 
 @torch.no_grad()
@@ -189,7 +190,9 @@ def evaluation_metrics(rows) -> dict[str, float]:
 
 def accuracy(margins_B):
     """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    return (margins_B > 0).float() + 0.5 * (margins_B == 0).float()
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
 
 
 def calibration_table(rows, bins: int = 5) -> str:
@@ -200,7 +203,8 @@ def calibration_table(rows, bins: int = 5) -> str:
     right_B = (margins_B > 0).float()
     lines = ["Certainty    pairs   predicted   observed"]
     for i in range(bins):
-        low, high = 0.5 + 0.5 * i / bins, 0.5 + 0.5 * (i + 1) / bins
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
         inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
         means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
         lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
@@ -251,21 +255,27 @@ def main() -> None:
         batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
 
         # 5. Update: one step
-        losses, margins = [], []
+        losses, chosen, rejected = [], [], []
         lengths_B = torch.tensor([max(map(len, pair.ids)) for pair in batch])
         for numbers, is_last in common.micro_batches(lengths_B, pairs_at_once):
             chosen_M, rejected_M = scores(model, [batch[i] for i in numbers])
-            loss = preference_loss(chosen_M, rejected_M) * len(numbers) / B  # the engine averages over ranks
+            loss = preference_loss(chosen_M, rejected_M)
+            loss = loss * len(numbers) / B  # the engine averages over ranks
             common.backward(model, loss, is_last)
             losses.append(loss.detach())
-            margins.append((chosen_M - rejected_M).detach())
+            chosen.append(chosen_M.detach())
+            rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(model, learning_rate)
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
-        margins_B = torch.cat(margins)
-        means = dict(accuracy=accuracy(margins_B), margin=margins_B, loss=torch.stack(losses).sum())
+        margins_B = torch.cat(chosen) - torch.cat(rejected)
+        means = dict(
+            accuracy=accuracy(margins_B),
+            margin=margins_B,
+            loss=torch.stack(losses).sum(),
+        )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(seconds_train=train_time - start_time)

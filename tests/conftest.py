@@ -28,7 +28,8 @@ EXAMPLE = ROOT / "examples" / "reviews"
 SHARED = ROOT.parent / "shared"  # development data; tests that need it skip where it is missing
 sys.path.insert(0, str(ROOT))
 
-SCRIPTS = ("remax", "reinforce", "ppo", "spr", "reward_model")
+SCRIPTS = ("remax", "reinforce", "ppo", "spr", "reward_model", "dpo")
+PAIRS = ("reward_model", "dpo")  # those that learn from preferences
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )

@@ -4,19 +4,19 @@ import json
 
 import pytest
 import torch
-from conftest import EXAMPLE, SCRIPTS, read_metrics, start_backend
+from conftest import EXAMPLE, PAIRS, SCRIPTS, read_metrics, start_backend
 from workers.script_worker import run
 
 import common
 import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
-ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
+ROLLOUTS = [script for script in SCRIPTS if script not in PAIRS]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
 
 
 def flags_of(script, folder, updates, *more):
-    short = [] if script == "reward_model" else ["--response-length", "6"]
+    short = [] if script in PAIRS else ["--response-length", "6"]
     own = OWN.get(script, [])
     return [*FLAGS, "--total-episodes", 4 * updates, *short, *own, *more, "--output-dir", f"{folder}/r"]
 
