@@ -122,7 +122,7 @@ def test_remax_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "remax", "in a file", ranks=2, zero_stage=2, more=["--num-samples", "2"])
 
 
-@pytest.mark.parametrize("script, how", zip(SCRIPTS[1:], [*POINTS, "in an update"], strict=True))
+@pytest.mark.parametrize("script, how", zip(SCRIPTS[1:], [*POINTS, "before latest"], strict=True))
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 

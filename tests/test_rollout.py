@@ -292,10 +292,11 @@ def test_log_ratios_of_pairs_are_those_of_transformers_whatever_the_padding(mode
         parameter.data += 0.05 * torch.randn_like(parameter)
     responses = [([20, 21, 1], [22, 1]), ([23, 1], [24, 25, 26, 27, 1]), ([28, 29, 30, 1], [1])]
     pairs = [dpo.Pair(prompt, ("", ""), ids) for prompt, ids in zip(prompts_of(PROMPTS), responses)]
-    policies = policy_of(model), policy_of(reference)
-    found_2B = torch.stack(dpo.scores(policies[0], pairs)) - torch.stack(dpo.scores(policies[1], pairs))
+    for pair, ref_logprobs in zip(pairs, dpo.scores_of_all(policy_of(reference), pairs, 2)):
+        pair.ref_logprobs = ref_logprobs
+    found_2B = dpo.scores(policy_of(model), pairs)
     for i, (prompt, two) in enumerate(zip(PROMPTS, responses)):
-        alone_21 = torch.stack(dpo.scores(policies[0], [pairs[i]])) - torch.stack(dpo.scores(policies[1], [pairs[i]]))
+        alone_21 = dpo.scores(policy_of(model), pairs[i : i + 1])
         for j, response in enumerate(two):
             labels = torch.tensor([len(prompt) * [-100] + response])
             losses = [m(torch.tensor([prompt + response]), labels=labels).loss for m in (reference, model)]
