@@ -2,10 +2,9 @@ r"""DPO, direct preference optimization: a policy trained on pairs of responses 
 
     loss  =  mean over pairs of  −log σ(r(x, y_w) − r(x, y_l)),    r(x, y) = β log (π(y | x) / π_ref(y | x))
 
-(SPR, NeurIPS 2024 FITML workshop, eq. 24). The loss is that of reward_model.py. The reward is written in terms of the
-policy that is best for it, less β times the KL divergence to the initial policy π_ref; so the policy learns from pairs
-without a reward model and without sampling. One model is in memory, since log π_ref of the pairs is computed once,
-before training. Without a reward to ask, the policy learns nothing about responses of its own.
+(SPR, NeurIPS 2024 FITML workshop, eq. 24). The loss is that of reward_model.py; the policy is the best one for this r,
+less β times its KL divergence to the initial policy π_ref. No reward model is trained and nothing is sampled; log π_ref
+of the pairs is computed before training: one model is in memory. No response of the policy's own is ever judged.
 
 What to look at while it trains: held-out accuracy and margin; the log-probabilities of chosen and rejected responses,
 which may both fall, since the loss knows only their difference; the greedy responses' log-ratio. The last lines are a
@@ -19,6 +18,11 @@ Eight GPUs:  deepspeed dpo.py --model M --dataset D --learning-rate 1e-6 --max-p
 
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
 
 import time
 from dataclasses import dataclass
@@ -50,6 +54,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -64,8 +70,6 @@ class Args:
     """Prompt tokens; longer prompts lose their beginning."""
     response_length: PositiveInt = 48
     """Maximum number of tokens of a response."""
-
-    # Reward
     gold_reward_function: PathOrName | None = None
     """Python function file.py:name that is logged and never trained on."""
 
@@ -124,16 +128,16 @@ class Pair:
     prompt: common.Prompt
     responses: tuple[str, str]
     ids: tuple[list[int], list[int]]
-    ref_logprobs: tuple[float, float] = (0.0, 0.0)  # of the responses under the initial policy
+    ref_logprobs: tuple[float, float] = (0.0, 0.0)  # under the initial policy; log-ratios are log π before they are set
 
 
-def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
     too_long = f"of more than {max_length} tokens, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
-    for prompt in common.load_prompts(path, split, prompt_column, tokenizer, max_prompt_length):
-        responses = tuple(common.read_text(prompt.columns, column, prompt.where) for column in response_columns)
+    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
+        responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
         ids = tuple([*common.encode_response(tokenizer, text), tokenizer.eos_token_id] for text in responses)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
@@ -145,7 +149,7 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
             pairs.append(Pair(prompt, responses, ids))
     if not pairs:
         common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
-    common.report(path, f"{len(pairs):,} pairs", counts)
+    common.report(path, len(pairs), "pairs", counts)
     return pairs
 
 
@@ -172,9 +176,9 @@ def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
 def evaluate(model, pairs, pairs_at_once, beta) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, log_ratios in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
+    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
-            row = dict(reward=beta * log_ratios[i], logprob=log_ratios[i] + pair.ref_logprobs[i])
+            row = dict(reward=beta * found[i], logprob=found[i] + pair.ref_logprobs[i])
             rows.append(row | dict(length=len(pair.ids[i])))
     return rows
 
@@ -236,32 +240,33 @@ def main() -> None:
 
     model = common.train_engine(load_model(args.model, backend), backend, args.max_grad_norm)
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    rewards = {}
-    if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
 
     # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        return load_pairs(path, args.dataset_split, columns, tokenizer, args.max_prompt_length, args.response_length)
+        hub = (args.dataset_config, args.dataset_split)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, args.response_length)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
 
+    rewards = {}
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, pairs[0].prompt)
     needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
     for some in ([pairs[i] for i in needed], eval_pairs):  # the model is the initial policy: `run` resumes later
-        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):  # ratios to exp(0) as yet
+        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):
             pair.ref_logprobs = logprobs
 
     def evaluated(update) -> dict[str, float]:
         rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
         reference = common.freeze(load_model(args.model, whole), whole)
         prompts = [pair.prompt for pair in eval_pairs]
-        greedy_rows = common.evaluate(model, reference, prompts, rewards, args.micro_batch_size)
-        run.log_samples(update, greedy_rows)
-        return evaluation_metrics(rows) | common.evaluation_metrics(greedy_rows, greedy_rows)
+        greedy = common.evaluate(model, reference, prompts, rewards, args.micro_batch_size)
+        run.log_samples(update, greedy)
+        return evaluation_metrics(rows) | common.evaluation_metrics(greedy, greedy)
 
     run = common.Run(args, __file__, num_updates, model)
     if run.last_checkpoint == 0 and args.eval_every:
@@ -294,8 +299,6 @@ def main() -> None:
         means = dict(
             accuracy=accuracy(margins_B),
             margin=margins_B,
-            chosen_log_ratio=torch.cat(chosen),
-            rejected_log_ratio=torch.cat(rejected),
             loss=torch.stack(losses).sum(),
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
@@ -314,7 +317,7 @@ def main() -> None:
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(model, tokenizer, run.folder / "policy", load_model, inputs, backend)
     print("\n" + calibration_table(rows))
-    run.finish("policy")
+    run.finish("policy", common.LANGUAGE_MODEL)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
+
 import sys
 import time
 from dataclasses import dataclass
@@ -51,6 +56,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -109,6 +116,15 @@ def preference_loss(chosen_B, rejected_B):
 
 # ---------------------------------------------------------------- Data and evaluation
 
+USAGE = """
+import transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+model = transformers.AutoModelForSequenceClassification.from_pretrained(".")
+model.config.pad_token_id = None  # else transformers reads the last token that is no padding, which may miss EOS
+ids = tokenizer("A prompt" + " and its response" + tokenizer.eos_token, return_tensors="pt")
+print(model(**ids).logits.item() - model.config.reward_mean)  # held-out chosen responses have mean 0
+"""
+
 
 @dataclass
 class Pair:
@@ -119,17 +135,17 @@ class Pair:
     ids: tuple[list[int], list[int]]
 
 
-def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
     too_long = f"of more than {max_length} tokens, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
-    for prompt in common.load_prompts(path, split, prompt_column, tokenizer, max_prompt_length):
-        responses = tuple(common.read_text(prompt.columns, column, prompt.where) for column in response_columns)
-        ids = tuple(common.reward_model_ids(tokenizer, prompt.text, response, sys.maxsize) for response in responses)
-        excess = len(common.encode(tokenizer, prompt.text)) - max_prompt_length  # tokens that the prompt loses
-        if excess > 0:
-            ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
+    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
+        responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
+        texts = ((prompt.text, response, sys.maxsize, prompt.messages) for response in responses)
+        ids = tuple(common.reward_model_ids(tokenizer, *row) for row in texts)
+        excess = max(0, len(common.encode(tokenizer, prompt.text)) - max_prompt_length)  # tokens that the prompt loses
+        ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:
@@ -140,7 +156,7 @@ def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -
             pairs.append(Pair(prompt, responses, ids))
     if not pairs:
         common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
-    common.report(path, f"{len(pairs):,} pairs", counts)
+    common.report(path, len(pairs), "pairs", counts)
     return pairs
 
 
@@ -165,9 +181,9 @@ def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
 def evaluate(model, pairs, pairs_at_once) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, rewards in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
+    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
-            row = dict(prompt=pair.prompt.text, response=pair.responses[i], chosen=i == 0, reward=rewards[i])
+            row = dict(prompt=pair.prompt.text, response=pair.responses[i], chosen=i == 0, reward=found[i])
             rows.append(row | dict(length=len(pair.ids[i])))
     return rows
 
@@ -231,7 +247,8 @@ def main() -> None:
     # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        return load_pairs(path, args.dataset_split, columns, tokenizer, args.max_prompt_length, max_length)
+        hub = (args.dataset_config, args.dataset_split)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, max_length)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
@@ -292,7 +309,7 @@ def main() -> None:
     inputs = common.pad(eval_pairs[0].ids, "right", backend.device)
     common.save_and_check(model, tokenizer, run.folder / "reward_model", load_model, inputs, backend)
     print("\n" + calibration_table(rows))
-    run.finish("reward_model")
+    run.finish("reward_model", USAGE)
 
 
 if __name__ == "__main__":
