@@ -101,8 +101,9 @@ class Responses:
         return Responses(prompts, texts, *(tensor[rows] for tensor in tensors))
 
     def rows(self, **columns) -> list[dict]:
-        """One dict per row, for people to read; `columns`: more lists of that length."""
-        columns = dict(prompt=[prompt.text for prompt in self.prompts], response=self.texts) | columns
+        """One dict per row, for people to read; `columns`: more numbers of each row, as tensors."""
+        texts = dict(prompt=[prompt.text for prompt in self.prompts], response=self.texts)
+        columns = texts | {name: x_B.tolist() for name, x_B in columns.items()}
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -460,16 +461,16 @@ def shows_traceback(spec) -> Iterator[None]:
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     responses = rollout(policy, deal_out(prompts), num_samples=0, greedy=True)
-    columns = {name: reward(responses).tolist() for name, reward in rewards.items()}
+    columns = {name: reward(responses) for name, reward in rewards.items()}
     logprobs_BT = forward_all(policy, responses, micro_batch_size)
     ref_logprobs_BT = forward_all(reference, responses, micro_batch_size)
-    columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1).tolist()
-    columns["response_length"] = responses.mask_BT.sum(1).tolist()
+    columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1)
+    columns["response_length"] = responses.mask_BT.sum(1)
     if prompts[0].demonstration:
         shown = rollout(policy, responses.prompts, num_samples=0, greedy=False, demonstrations=True)
         logprobs_BT = forward_all(policy, shown, micro_batch_size)
-        columns["loss"] = (-(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)).tolist()  # nats per token
-        columns |= {f"demonstration_{name}": reward(shown).tolist() for name, reward in rewards.items()}
+        columns["loss"] = -(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)  # nats per token
+        columns |= {f"demonstration_{name}": reward(shown) for name, reward in rewards.items()}
     return gather_rows(responses.rows(**columns))[: len(prompts)]
 
 
