@@ -67,8 +67,8 @@ class Prompt:
     ids: list[int]
     columns: dict
     where: str = ""  # file:line, for error messages
-    demonstration: list[int] | None = None  # token ids of a response to learn from
     messages: list[dict] | None = None  # the prompt, where it was a chat
+    demonstration: list[int] | None = None  # token ids of a response to learn from
 
 
 @dataclasses.dataclass
@@ -828,8 +828,7 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
             num_answers += len(messages) < len(row[column])
         if text.strip() and ids:
             lengths.append(len(ids))
-            ids = cut_left(ids, max_length, tokenizer.bos_token_id)
-            prompts.append(Prompt(text, ids, columns, where, messages=messages))
+            prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where, messages))
         else:
             num_empty += 1
     if not prompts:
