@@ -67,6 +67,7 @@ class Prompt:
     ids: list[int]
     columns: dict
     where: str = ""  # file:line, for error messages
+    messages: list[dict] | None = None  # the prompt, where it was a chat
     demonstration: list[int] | None = None  # token ids of a response to learn from
 
 
@@ -126,12 +127,16 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
             sampled.insert((i + 1) * num_samples, prompts[i].demonstration)
     row_prompts = [prompt for prompt in prompts for _ in range(num_samples + demonstrations)]
     row_prompts += prompts if greedy else []
-    tokens = sampled + greedy_rows
-    prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in row_prompts], "left", policy.device)
+    return as_responses(policy, row_prompts, sampled + greedy_rows)
+
+
+def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Responses:
+    """Rows of a prompt and the token ids of its response, padded."""
+    prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     ended_B = torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=policy.device)
     texts = decode(policy.tokenizer, tokens)
-    return Responses(row_prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
+    return Responses(prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
 
 
 class RoomyLayer(DynamicLayer):
@@ -822,8 +827,8 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
             columns["messages"] = messages
             num_answers += len(messages) < len(row[column])
         if text.strip() and ids:
-            prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where))
             lengths.append(len(ids))
+            prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where, messages))
         else:
             num_empty += 1
     if not prompts:

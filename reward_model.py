@@ -97,7 +97,7 @@ class Args:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers; eager for models that have no sdpa."""
 
-    # Reward model
+    # Preferences
     chosen_column: str = "chosen"
     """Column that holds the better response, as text or as chat messages."""
     rejected_column: str = "rejected"
@@ -130,7 +130,7 @@ print(model(**ids).logits.item() - model.config.reward_mean)  # held-out chosen 
 class Pair:
     """A prompt, its chosen and its rejected response, and the token ids that the model reads for each."""
 
-    prompt: str
+    prompt: common.Prompt
     responses: tuple[str, str]
     ids: tuple[list[int], list[int]]
 
@@ -139,13 +139,12 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
     too_long = f"of more than {max_length} tokens, dropped"
-    pairs, lengths, counts = [], [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
-    for where, row in common.load_rows(path, *hub):
-        prompt, messages = common.read_prompt(row, prompt_column, where, tokenizer)
-        responses = tuple(common.read_response(row, column, where) for column in response_columns)
-        ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize, messages) for text in responses)
-        lengths.append(len(common.encode(tokenizer, prompt)))
-        excess = max(0, lengths[-1] - max_prompt_length)  # tokens that the prompt loses
+    pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
+    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
+        responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
+        texts = ((prompt.text, response, sys.maxsize, prompt.messages) for response in responses)
+        ids = tuple(common.reward_model_ids(tokenizer, *row) for row in texts)
+        excess = max(0, len(common.encode(tokenizer, prompt.text)) - max_prompt_length)  # tokens that the prompt loses
         ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
@@ -158,39 +157,46 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     if not pairs:
         common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
     common.report(path, len(pairs), "pairs", counts)
-    common.report_lengths(lengths, max_prompt_length, "--max-prompt-length", "prompts", "lose their beginning")
     return pairs
 
 
-def scores(model, pairs, device):
+def scores(model, pairs):
     """-> (chosen_B, rejected_B), in one forward."""
-    ids = [pair.ids[0] for pair in pairs] + [pair.ids[1] for pair in pairs]
-    return model(*common.pad(ids, "right", device)).chunk(2)
+    chosen = [pair.ids[0] for pair in pairs]
+    rejected = [pair.ids[1] for pair in pairs]
+    return model(*common.pad(chosen + rejected, "right", model.device)).chunk(2)
 
 
 @torch.no_grad()
-def evaluate(model, pairs, pairs_at_once, device) -> list[dict]:
-    """-> one row per held-out response, chosen and rejected in turn, the same on every rank."""
+def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
+    """-> each pair's scores, the same on every rank."""
     share = common.deal_out(pairs)
-    scored = []
+    found = []
     for start in range(0, len(share), pairs_at_once):
-        batch = share[start : start + pairs_at_once]
-        chosen_M, rejected_M = scores(model, batch, device)
-        scored += zip(batch, zip(chosen_M.tolist(), rejected_M.tolist()))
+        chosen_M, rejected_M = scores(model, share[start : start + pairs_at_once])
+        found += zip(chosen_M.tolist(), rejected_M.tolist())
+    return common.gather_rows(found)[: len(pairs)]
+
+
+def evaluate(model, pairs, pairs_at_once) -> list[dict]:
+    """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, rewards in common.gather_rows(scored)[: len(pairs)]:
+    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
-            row = dict(prompt=pair.prompt, response=pair.responses[i], chosen=i == 0, reward=rewards[i])
+            row = dict(prompt=pair.prompt.text, response=pair.responses[i], chosen=i == 0, reward=found[i])
             rows.append(row | dict(length=len(pair.ids[i])))
     return rows
 
 
 def evaluation_metrics(rows) -> dict[str, float]:
+    """Of the held-out pairs; the interval is half the width of the accuracy's 95% interval."""
     rewards = torch.tensor([row["reward"] for row in rows])
     lengths = torch.tensor([float(row["length"]) for row in rows])
     margins_B = rewards[::2] - rewards[1::2]
+    right = accuracy(margins_B).mean().item()
     return dict(
-        eval_accuracy=accuracy(margins_B).mean().item(),
+        eval_accuracy=right,
+        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
         eval_margin=margins_B.mean().item(),
         eval_score=rewards.mean().item(),
         eval_score_std=rewards.std().item(),
@@ -200,7 +206,9 @@ def evaluation_metrics(rows) -> dict[str, float]:
 
 def accuracy(margins_B):
     """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    return (margins_B > 0).float() + 0.5 * (margins_B == 0).float()
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
 
 
 def calibration_table(rows, bins: int = 5) -> str:
@@ -211,7 +219,8 @@ def calibration_table(rows, bins: int = 5) -> str:
     right_B = (margins_B > 0).float()
     lines = ["Certainty    pairs   predicted   observed"]
     for i in range(bins):
-        low, high = 0.5 + 0.5 * i / bins, 0.5 + 0.5 * (i + 1) / bins
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
         inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
         means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
         lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
@@ -226,32 +235,34 @@ def main() -> None:
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
 
     # 1. Models: a language model that gets a new head
-    model, tokenizer = common.load_classifier(args.model, backend, new_head=True)
+    classifier, tokenizer = common.load_classifier(args.model, backend, new_head=True)
     torch.manual_seed(args.seed)
-    torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
+    max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    model = common.train_engine(common.LastTokenScore(classifier), backend, args.max_grad_norm)
 
-    def load_reward_model(path, backend):
+    def load_model(path, backend):
         return common.LastTokenScore(common.load_classifier(path, backend)[0])
 
     # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
         hub = (args.dataset_config, args.dataset_split)
-        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, positions)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, max_length)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
-    reward_model = common.train_engine(common.LastTokenScore(model), backend, args.max_grad_norm)
-    title = "held-out responses, a chosen and a rejected one in turn"
 
-    run = common.Run(args, __file__, num_updates, reward_model)
+    def evaluated(update) -> dict[str, float]:
+        rows = evaluate(model, eval_pairs, pairs_at_once)
+        run.log_samples(update, rows, "held-out responses, a chosen and a rejected one in turn")
+        return evaluation_metrics(rows)
+
+    run = common.Run(args, __file__, num_updates, model)
     if run.last_checkpoint == 0 and args.eval_every:
-        rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
-        run.log(0, dict(episodes=0) | evaluation_metrics(rows))
-        run.log_samples(0, rows, title)
+        run.log(0, dict(episodes=0) | evaluated(update=0))
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
@@ -261,38 +272,42 @@ def main() -> None:
         batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
 
         # 5. Update: one step
-        losses, margins = [], []
+        losses, chosen, rejected = [], [], []
         lengths_B = torch.tensor([max(map(len, pair.ids)) for pair in batch])
         for numbers, is_last in common.micro_batches(lengths_B, pairs_at_once):
-            chosen_M, rejected_M = scores(reward_model, [batch[i] for i in numbers], backend.device)
-            loss = preference_loss(chosen_M, rejected_M) * len(chosen_M) / B  # the engine averages over ranks
-            common.backward(reward_model, loss, is_last)
+            chosen_M, rejected_M = scores(model, [batch[i] for i in numbers])
+            loss = preference_loss(chosen_M, rejected_M)
+            loss = loss * len(numbers) / B  # the engine averages over ranks
+            common.backward(model, loss, is_last)
             losses.append(loss.detach())
-            margins.append((chosen_M - rejected_M).detach())
+            chosen.append(chosen_M.detach())
+            rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm, skipped_updates = common.optimizer_step(reward_model, learning_rate)
+        grad_norm, skipped_updates = common.optimizer_step(model, learning_rate)
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
-        margins_B = torch.cat(margins)
-        means = dict(accuracy=accuracy(margins_B), margin=margins_B, loss=torch.stack(losses).sum())
+        margins_B = torch.cat(chosen) - torch.cat(rejected)
+        means = dict(
+            accuracy=accuracy(margins_B),
+            margin=margins_B,
+            loss=torch.stack(losses).sum(),
+        )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(seconds_train=train_time - start_time)
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
-            metrics |= evaluation_metrics(rows)
-            run.log_samples(update, rows, title)
+            metrics |= evaluated(update)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
     # 7. Save, and check that the saved model gives the same outputs
-    rows = evaluate(reward_model, eval_pairs, pairs_at_once, backend.device)
-    model.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
+    rows = evaluate(model, eval_pairs, pairs_at_once)
+    classifier.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
     inputs = common.pad(eval_pairs[0].ids, "right", backend.device)
-    common.save_and_check(reward_model, tokenizer, run.folder / "reward_model", load_reward_model, inputs, backend)
+    common.save_and_check(model, tokenizer, run.folder / "reward_model", load_model, inputs, backend)
     print("\n" + calibration_table(rows))
     run.finish("reward_model", USAGE)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import start_backend
 
+import dpo
 import ppo
 import reinforce
 import remax
@@ -55,7 +56,11 @@ class Language:
 
 
 def probabilities(logprobs_ST):
-    return (logprobs_ST * MASK_ST).sum(1).exp()
+    return sentence_logprobs(logprobs_ST).exp()
+
+
+def sentence_logprobs(logprobs_ST):
+    return (logprobs_ST * MASK_ST).sum(1)
 
 
 def objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef):
@@ -456,3 +461,49 @@ def test_preference_loss_is_the_negative_log_likelihood_of_bradley_terry():
     found = reward_model.preference_loss(chosen, rejected)
     expected = [math.log1p(math.exp(-(c - r))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
     assert found.item() == pytest.approx(sum(expected) / 4, rel=1e-6)
+
+
+# ---------------------------------------------------------------- dpo.py
+
+
+def test_preference_loss_of_log_ratios_and_its_gradient_are_the_formula():
+    chosen, rejected, beta = draw(6, seed=3).requires_grad_(), draw(6, seed=4).requires_grad_(), 0.3
+    loss = dpo.preference_loss(chosen, rejected, beta)
+    margins = [beta * (c - r) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins) / 6, rel=1e-12)
+    gradients = [g.tolist() for g in torch.autograd.grad(loss, (chosen, rejected))]
+    expected = [beta / (1 + math.exp(margin)) / 6 for margin in margins]  # how wrong the policy is, times β
+    assert gradients[0] == pytest.approx([-g for g in expected], rel=1e-12)
+    assert gradients[1] == pytest.approx(expected, rel=1e-12)
+    scores = (beta * chosen, beta * rejected)
+    assert loss.item() == pytest.approx(reward_model.preference_loss(*scores).item(), rel=1e-12)
+
+
+def test_the_limits_of_beta():
+    chosen, rejected = draw(6, seed=3), draw(6, seed=4)
+    small, large = dpo.preference_loss(chosen, rejected, 1e-6), dpo.preference_loss(chosen, rejected, 1e6)
+    assert small.item() == pytest.approx(math.log(2) - 0.5e-6 * (chosen - rejected).mean().item(), rel=1e-12)
+    assert large.item() / 1e6 == pytest.approx((rejected - chosen).clamp(min=0).mean().item(), rel=1e-6)
+
+
+def test_preferences_drawn_from_a_reward_lead_to_the_policy_that_is_best_for_it():
+    """All pairs of sentences, each weighted by the probability that the reward prefers its first one."""
+    policy, beta, rewards_S = Language(0), 0.7, draw(len(SENTENCES), seed=6)
+    ref_S = sentence_logprobs(Language(1).logprobs(9.0)).detach()
+    first, second = torch.cartesian_prod(*2 * [torch.arange(len(SENTENCES))]).T
+    preferred = (rewards_S[first] - rewards_S[second]).sigmoid()
+    optimizer = torch.optim.LBFGS([policy.logits], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def expected_loss():
+        optimizer.zero_grad()
+        log_ratios_S = sentence_logprobs(policy.logprobs(-5.0)) - ref_S
+        losses = torch.vmap(lambda *pair: dpo.preference_loss(*pair, beta))(log_ratios_S[first], log_ratios_S[second])
+        loss = (preferred * losses).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(expected_loss)
+    best_S = (ref_S + rewards_S / beta).softmax(0)  # π_ref exp(r / β) / Z
+    assert (best_S - ref_S.exp()).abs().max() > 0.1
+    torch.testing.assert_close(probabilities(policy.logprobs(-5.0)), best_S, rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from conftest import (
     EXAMPLE,
     EXAMPLE_DATA,
     EXAMPLE_PAIRS,
+    PAIRS,
     ROOT,
     SCRIPTS,
     SHARED,
@@ -116,6 +117,12 @@ WRONG_FLAGS = {  # script: flags | what is said
         --chosen-column best | no column 'best'; there are:
         --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
         --model no/such/model | no folder no/such/model here, and no hub model of that name could be reached""",
+    "dpo": """
+        --chosen-column best | no column 'best'; there are:
+        --response-length 3 | no pair is left
+        --response-length 65 | is more than the 128 positions of
+        --beta 0 | is not a number above 0
+        --gold-reward-function nowhere.py:reward | no such reward function""",
 }
 CASES = [(script, *line.split(" | ")) for script, lines in WRONG_FLAGS.items() for line in lines.strip().splitlines()]
 
@@ -268,8 +275,8 @@ REFUSED_PAIRS += "empty_prompts prompt_200k_chars special_tokens_in_text gsm8k_o
 @needs_broken_files
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_runs_on_the_broken_files_of_the_development_data(tmp_path, capsys, script):
-    pairs, tried = script == "reward_model", 0
-    own = dict(reward_model=[], spr="--response-length 4 --num-minibatches 1 --num-samples 2".split())
+    pairs, tried = script in PAIRS, 0
+    own = dict(reward_model=[], dpo=[], spr="--response-length 4 --num-minibatches 1 --num-samples 2".split())
     for path in sorted((SHARED / "data" / "bad").glob("*.jsonl")):
         flags = ["--dataset", path, "--total-episodes", 4, "--batch-size", 2, "--eval-every", 0, "--eval-size", 1]
         flags += ["--max-prompt-length", 8, *own.get(script, ["--response-length", 4])]
@@ -373,16 +380,16 @@ def added_tokens(folder, tokenizer):
 MODELS = {  # how it is made: (scripts, what is said)
     bert: ("remax ppo", "is not causal"),
     t5: ("remax", "no model could be loaded"),
-    without_eos: ("remax reward_model", "EOS token"),
+    without_eos: ("remax reward_model dpo", "EOS token"),
     with_nan: ("remax spr", "not finite"),
     truncated: ("remax reward_model", "no model could be loaded"),
-    a_reward_model: ("remax reinforce spr", "is a reward model"),
+    a_reward_model: ("remax reinforce spr dpo", "is a reward model"),
     no_weights: ("remax", "no model could be loaded"),
     no_tokenizer: ("remax reward_model", "tokenizer"),
     broken_config: ("remax", "could be loaded"),
     few_tokens: ("remax reward_model", "tokens"),
     recurrent: ("remax", "RecurrentGemmaForCausalLM is not supported"),
-    added_tokens: ("remax spr reward_model", "has no embedding of 'of the'"),
+    added_tokens: ("remax spr reward_model dpo", "has no embedding of 'of the'"),
 }
 
 

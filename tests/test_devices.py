@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import SCRIPTS, read_metrics, run_here
+from conftest import EXAMPLE, PAIRS, SCRIPTS, read_metrics, run_here
 from torch.overrides import TorchFunctionMode
 
 import common
@@ -159,11 +159,12 @@ OWN_FLAGS = dict(
     ppo="--num-epochs 2 --num-minibatches 2 --gradient-checkpointing",
     spr="--num-samples 2 --num-minibatches 2",
     reward_model="",
+    dpo=f"--gold-reward-function {EXAMPLE / 'sentiment.py:reward'}",
 )
 
 
 def flags_of(script, folder) -> list:
-    rollout_flags = [] if script == "reward_model" else ROLLOUT_FLAGS
+    rollout_flags = [] if script in PAIRS else ROLLOUT_FLAGS
     return [*FLAGS, *rollout_flags, *OWN_FLAGS[script].split(), "--output-dir", folder]
 
 

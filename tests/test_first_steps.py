@@ -283,9 +283,7 @@ def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, c
     assert run_here("reward_model", *flags, "--output-dir", tmp_path / "r") == 0
     monkeypatch.chdir(tmp_path / "r" / "reward_model")
     config = json.loads(Path("config.json").read_text())
-    Path("config.json").write_text(
-        json.dumps(config | dict(pad_token_id=config["eos_token_id"]))
-    )
+    Path("config.json").write_text(json.dumps(config | dict(pad_token_id=config["eos_token_id"])))
     capsys.readouterr()
     exec(code_of((tmp_path / "r" / "reward_model" / "README.md").read_text()), {})
     reward = common.Reward(str(tmp_path / "r" / "reward_model"), None, 0.0, start_backend())

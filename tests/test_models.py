@@ -19,7 +19,17 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from conftest import EXAMPLE, EXAMPLE_DATA, ROOT, SCRIPTS, read_metrics, run_here, script_environment, start_backend
+from conftest import (
+    EXAMPLE,
+    EXAMPLE_DATA,
+    PAIRS,
+    ROOT,
+    SCRIPTS,
+    read_metrics,
+    run_here,
+    script_environment,
+    start_backend,
+)
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import common
@@ -332,7 +342,7 @@ def test_bad_input_of_the_second_node_is_told_there_and_the_first_ends(tmp_path)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_nodes_share_the_output_folder_only(script, tmp_path):
     """Each node has a working directory, a copy of the project and a folder for temporary files of its own."""
-    flags = [] if script == "reward_model" else ["--response-length", 8, "--gold-reward-function", "gold.py:reward"]
+    flags = [] if script in PAIRS else ["--response-length", 8, "--gold-reward-function", "gold.py:reward"]
     flags += "--total-episodes 16 --batch-size 8 --eval-every 1 --eval-size 5 --save-every 1 --zero-stage 2".split()
     results = run_on_two_nodes(tmp_path, f"{script}.py", [*flags, "--output-dir", tmp_path / "r"])
     for result in results:

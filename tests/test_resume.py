@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import (
+    PAIRS,
     SCRIPTS,
     as_program,
     assert_ok,
@@ -36,7 +37,7 @@ FLAGS = "--total-episodes 48 --batch-size 8 --eval-size 7 --eval-every 2 --save-
 
 def flags_of(script):
     own = ["--num-samples", "3"] if script == "spr" else []
-    return FLAGS if script == "reward_model" else [*FLAGS, "--response-length", "12", *own]
+    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *own]
 
 
 def latest(folder) -> int:
@@ -121,7 +122,7 @@ def test_remax_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "remax", "in a file", ranks=2, zero_stage=2, more=["--num-samples", "2"])
 
 
-@pytest.mark.parametrize("script, how", zip(SCRIPTS[1:], POINTS, strict=True))
+@pytest.mark.parametrize("script, how", zip(SCRIPTS[1:], [*POINTS, "before latest"], strict=True))
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
@@ -180,7 +181,7 @@ def test_a_launcher_and_its_ranks_are_signalled_together(tmp_path, number):
 def growth(folder, script, updates, *flags) -> list[dict]:
     """-> what the process held after each update."""
     flags = [*flags, "--total-episodes", 4 * updates, "--batch-size", "4", "--eval-size", "4"]
-    flags += [] if script == "reward_model" else ["--response-length", "8"]
+    flags += [] if script in PAIRS else ["--response-length", "8"]
     flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split() if script == "spr" else []
     with started(measured, folder / "m.jsonl", f"{script}.py", [*flags, "--output-dir", folder / "r"]) as processes:
         assert wait(processes, 900) == 0, output_of(processes)

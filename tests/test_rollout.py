@@ -1,10 +1,13 @@
 """Decoding against `generate`, the rows of a rollout, and log-probabilities and values against slow references."""
 
+import copy
+
 import pytest
 import torch
 from conftest import left_padded, number_tokenizer, start_backend, tiny_model
 
 import common
+import dpo
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 1, 13]]  # an EOS id (1) inside a prompt is just a token
@@ -279,6 +282,28 @@ def test_logprobs_match_a_slow_reference_whatever_the_padding(model, temperature
     mask = torch.cat([torch.zeros(3, extra, dtype=torch.long), mask], 1)
     found = policy_of(model, temperature)(prompts, mask, RESPONSES)
     torch.testing.assert_close(found.double(), slow_logprobs(model, temperature), atol=1e-4, rtol=1e-4)
+
+
+def test_log_ratios_of_pairs_are_those_of_transformers_whatever_the_padding(model):
+    """Prompts are padded on the left and responses on the right, to the longest of the pairs that come together."""
+    start_backend()
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    responses = [([20, 21, 1], [22, 1]), ([23, 1], [24, 25, 26, 27, 1]), ([28, 29, 30, 1], [1])]
+    pairs = [dpo.Pair(prompt, ("", ""), ids) for prompt, ids in zip(prompts_of(PROMPTS), responses)]
+    for pair, ref_logprobs in zip(pairs, dpo.scores_of_all(policy_of(reference), pairs, 2)):
+        pair.ref_logprobs = ref_logprobs
+    found_2B = dpo.scores(policy_of(model), pairs)
+    for i, (prompt, two) in enumerate(zip(PROMPTS, responses)):
+        alone_21 = dpo.scores(policy_of(model), pairs[i : i + 1])
+        for j, response in enumerate(two):
+            labels = torch.tensor([len(prompt) * [-100] + response])
+            losses = [m(torch.tensor([prompt + response]), labels=labels).loss for m in (reference, model)]
+            expected = (losses[0] - losses[1]) * len(response)
+            assert expected.abs() > 0.01
+            torch.testing.assert_close(found_2B[j, i], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(alone_21[j, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_follows_the_eos_changes_nothing_before_it(model):

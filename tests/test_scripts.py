@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from workers.script_worker import run
 
 import common
+import dpo
 import reward_model
 
 GOLD = ("--gold-reward-function", EXAMPLE / "sentiment.py:reward")
@@ -331,18 +332,26 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = load(tmp_path / "p.jsonl", tokenizer, max_prompt_length=4, max_length=40)
     out = capsys.readouterr().out
-    assert "2 pairs" in out and "1 with an empty response, dropped" in out
+    assert "pairs: 2 (" in out and "1 with an empty response, dropped" in out
     assert "1 of equals, dropped" in out and "1 of more than 40 tokens, dropped" in out
     whole = [tokenizer(long + end)["input_ids"] + [tokenizer.eos_token_id] for end in (" was good.", " was bad.")]
     prompt = len(tokenizer(long)["input_ids"])
     assert list(pairs[0].ids) == [ids[prompt - 4 :] for ids in whole]
-    assert pairs[1].responses == (" good", " bad")
+    assert pairs[0].prompt.text == long and pairs[1].responses == (" good", " bad")
+
+    found = dpo.load_pairs(
+        str(tmp_path / "p.jsonl"), (None, "train"), ("prompt", "chosen", "rejected"), tokenizer, 4, 40
+    )
+    assert [(pair.prompt.text, pair.responses) for pair in found] == [(p.prompt.text, p.responses) for p in pairs]
+    assert found[0].prompt.ids == tokenizer(long)["input_ids"][-4:]
+    assert list(found[0].ids) == [tokenizer(end)["input_ids"] + [0] for end in (" was good.", " was bad.")]
+    assert capsys.readouterr().out == out
 
 
 BAD = {
     "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
-    "null_values.jsonl": ":3: 'chosen' is None",
-    "wrong_types.jsonl": ":2: 'chosen' is [",
+    "null_values.jsonl": ":6: 'prompt' is None",
+    "wrong_types.jsonl": ":6: 'prompt' is 42",
     "chosen_equals_rejected_all.jsonl": "no pair is left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
 }

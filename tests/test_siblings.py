@@ -9,9 +9,9 @@ import subprocess
 import tokenize
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import PAIRS, ROOT, SCRIPTS
 
-ROLLOUTS = [name for name in SCRIPTS if name != "reward_model"]
+ROLLOUTS = [name for name in SCRIPTS if name not in PAIRS]
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (*SCRIPTS, "common")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLAGS = {
@@ -88,9 +88,12 @@ def test_a_reader_soon_knows_all_about_one_script():
     assert lines_to_know_all_about("remax") <= 1510
 
 
-@pytest.mark.parametrize("name, budget", [("reinforce", 60), ("ppo", 170), ("spr", 218)])
-def test_diffs_stay_within_their_lines(name, budget):
-    assert sum(line[0] in "+-" for line in diff("remax", name)) <= budget
+@pytest.mark.parametrize(
+    "name, other, budget",
+    [("remax", "reinforce", 60), ("remax", "ppo", 170), ("remax", "spr", 218), ("reward_model", "dpo", 110)],
+)
+def test_diffs_stay_within_their_lines(name, other, budget):
+    assert sum(line[0] in "+-" for line in diff(name, other)) <= budget
 
 
 def test_the_readme_stays_within_its_words():
@@ -99,7 +102,7 @@ def test_the_readme_stays_within_its_words():
 
 def test_a_function_is_shared_only_if_two_scripts_need_it():
     inside = names_in(OUTSIDE).union(*(names_in(text) - {name} for name, (_, text) in DEFINITIONS.items()))
-    later = {"load_value_model", "encode_response"}  # scripts for token-level weights and for pairs will call them, too
+    later = {"load_value_model"}  # a script for token-level weights will call it, too
     for name in DEFINITIONS.keys() - inside - later:
         users = [script for script in SCRIPTS if name in names_in(SOURCES[script])]
         assert len(users) > 1, f"{name} is used by {users}"
@@ -123,11 +126,11 @@ def test_shared_flags_agree_in_type_and_help():
         types = {script: FLAGS[script][flag].type for script in scripts}
         if flag == "num_samples":  # without samples, spr.py is supervised fine-tuning
             types.pop("spr")
-        if flag == "total_episodes":  # by default, a reward model's are --num-epochs passes
-            types["reward_model"] = next(kind for kind in types["reward_model"].__args__ if kind is not type(None))
+        if flag == "total_episodes":  # of pairs, --num-epochs passes by default
+            types |= {name: next(kind for kind in types[name].__args__ if kind is not type(None)) for name in PAIRS}
         assert len(set(types.values())) == 1, flag
         helps = {help_of(flag, script) for script in scripts}
-        if flag == "num_epochs":  # over a rollout or over the data set
+        if flag in ("num_epochs", "beta"):  # over a rollout or over the data set; of a weight or of a log-ratio
             assert len(helps) == 2
         else:
             assert len(helps) == 1, helps
@@ -143,12 +146,14 @@ def test_shared_flags_have_the_same_defaults_in_the_same_order(script):
 
 
 def test_flags_come_in_the_same_order_everywhere():
-    for script in ("spr", "reward_model"):
+    for script in ("spr", *PAIRS):
         shared = [flag for flag in FLAGS["remax"] if flag in FLAGS[script]]
         assert [flag for flag in FLAGS[script] if flag in shared] == shared
     assert FLAGS["remax"].keys() - FLAGS["spr"].keys() == {"kl_coef", "gamma"}
     omitted = "response_length temperature reward_model reward_function gold_reward_function kl_coef gamma"
     assert not FLAGS["reward_model"].keys() & set(omitted.split())
+    assert FLAGS["dpo"].keys() - FLAGS["reward_model"].keys() == {"response_length", "gold_reward_function", "beta"}
+    assert not FLAGS["reward_model"].keys() - FLAGS["dpo"].keys()
 
 
 SECTIONS = [
@@ -173,14 +178,15 @@ def test_the_same_numbered_steps_in_the_same_order():
     steps = [re.findall(r"^ +# (\d)\. ([A-Z]\w+)", SOURCES[name], re.M) for name in ROLLOUTS]
     assert all(others == steps[0] for others in steps)
     assert [number for number, _ in steps[0]] == list("1234567")
-    numbers = re.findall(r"^ +# (\d)(?:, (\d))?\. ", SOURCES["reward_model"], re.M)
-    assert "".join(a + b for a, b in numbers) == "1234567"
+    for name in PAIRS:
+        numbers = re.findall(r"^ +# (\d)(?:, (\d))?\. ", SOURCES[name], re.M)
+        assert "".join(a + b for a, b in numbers) == "1234567"
 
 
 def test_no_identifier_carries_the_name_of_an_algorithm():
     for name, source in SOURCES.items():
         code = re.sub(r'r?"""[\s\S]*?"""|#.*|"[^"\n]*"', "", source)
-        assert not re.findall(r"\b\w*(?:remax|reinforce|ppo|spr)\w*\b", code, re.I), name
+        assert not re.findall(r"\b\w*(?:remax|reinforce|ppo|spr|dpo)\w*\b", code, re.I), name
 
 
 def test_the_paper_claims_that_ppo_has_more_than_four_hyper_parameters_more():

@@ -163,7 +163,7 @@ class Second:
         assert len(self.texts) == len(train_rows) + EVAL  # so that tokens tell the text
         self.train_texts, self.held_out = ([row["prompt"] for row in rows] for rows in (train_rows, held_out))
         assert any(len(self.tokenizer(text)["input_ids"]) > MAX_PROMPT for text in self.train_texts)
-        self.drawn, self.initial, self.scored = [], None, True
+        self.drawn, self.initial, self.scored, self.temperature = [], None, True, TEMPERATURE
 
     def cut(self, text) -> list[int]:
         return self.tokenizer(text)["input_ids"][-MAX_PROMPT:]
@@ -186,7 +186,7 @@ class Second:
 
     def logprobs(self, model, prompt, response):
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        return (logits / TEMPERATURE).log_softmax(-1)[range(len(response)), response]
+        return (logits / self.temperature).log_softmax(-1)[range(len(response)), response]
 
     @torch.no_grad()
     def rewards(self, prompt, response) -> tuple[float, float]:
@@ -263,6 +263,13 @@ def data(tmp_path):
 def write(path, rows) -> tuple[list[dict], list]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows, ["--dataset", path]
+
+
+def accuracy_metrics(margins) -> dict:
+    """Of held-out pairs: the accuracy is a mean of n numbers, whose 95% interval is ±1.96 √(p(1 − p) / n)."""
+    right = mean((x > 0) + (x == 0) / 2 for x in margins)
+    half = 1.96 * math.sqrt(right * (1 - right) / len(margins))
+    return dict(eval_accuracy=right, eval_accuracy_interval=half, eval_margin=mean(margins))
 
 
 def assert_telling(metrics, max_grad_norm, values=("kl", "truncated_fraction")) -> None:
@@ -515,8 +522,7 @@ def test_reward_model(tmp_path):
         rewards = [row["reward"] for row in rows]
         margins = [a - b for a, b in zip(rewards[::2], rewards[1::2])]
         return dict(
-            eval_accuracy=mean((x > 0) + (x == 0) / 2 for x in margins),
-            eval_margin=mean(margins),
+            **accuracy_metrics(margins),
             eval_score=mean(rewards),
             eval_score_std=statistics.stdev(rewards),
             eval_length_correlation=statistics.correlation(rewards, [float(row["length"]) for row in rows]),
@@ -524,7 +530,7 @@ def test_reward_model(tmp_path):
 
     metrics, drawn = [dict(update=0, episodes=0) | evaluation(0)], []
     for update in range(1, UPDATES + 1):
-        batch = [(pair.prompt, *pair.responses) for pair in recorded.batches[update - 1]]
+        batch = [(pair.prompt.text, *pair.responses) for pair in recorded.batches[update - 1]]
         drawn += batch
         loss, margins = 0.0, []
         for prompt, chosen, rejected in batch:
@@ -543,3 +549,72 @@ def test_reward_model(tmp_path):
     chosen = mean(row["reward"] for row in samples[-2 * EVAL :: 2])
     config = json.loads((tmp_path / "r" / "reward_model" / "config.json").read_text())
     assert config["reward_mean"] == pytest.approx(chosen, abs=1e-4)
+
+
+def test_dpo(tmp_path):
+    beta, max_grad_norm = 0.4, 1.0
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
+
+    def ids_of(response):
+        return tokenizer(response)["input_ids"] + [0]
+
+    rows = rows_of(EXAMPLE / "preferences.jsonl")[:1200]  # each prompt once
+    lengths = [max(len(ids_of(row[name])) for name in ("chosen", "rejected")) for row in rows]
+    short, long = ([row for row, n in zip(rows, lengths) if n in kept] for kept in (range(LENGTH + 1), [LENGTH + 1]))
+    prompts = rows_of(EXAMPLE / "prompts_test.jsonl")
+    held_out, more = write(tmp_path / "held_out.jsonl", [row | p for row, p in zip(short[-EVAL:], prompts)])
+    pairs, flags = short[:30], write(tmp_path / "pairs.jsonl", [*long[:2], *short[:30]])[1]  # long ones are dropped
+    flags += ["--eval-dataset", more[1], "--total-episodes", UPDATES * BATCH, "--response-length", LENGTH]
+    flags += ["--gold-reward-function", EXAMPLE / "sentiment.py:reward", "--beta", beta]
+    recorded = record("dpo", [*flags, "--max-grad-norm", max_grad_norm], tmp_path / "r")
+    second = Second(recorded, pairs)
+    second.scored, second.temperature = False, 1.0
+    policy, optimizer = second.policy, adamw(second.policy, RATE)
+
+    def logprob(model, prompt, response):
+        return second.logprobs(model, second.cut(prompt), ids_of(response)).sum()
+
+    def log_ratio(prompt, response):
+        with torch.no_grad():
+            ref_logprob = logprob(second.reference, prompt, response)
+        return logprob(policy, prompt, response) - ref_logprob
+
+    @torch.no_grad()
+    def evaluation():
+        texts = [(pair["prompt"], pair[name]) for pair in held_out for name in ("chosen", "rejected")]
+        rewards = [beta * log_ratio(*text).item() for text in texts]
+        logprobs = [logprob(policy, *text).item() for text in texts]
+        lengths = [float(len(ids_of(response))) for _, response in texts]
+        return dict(
+            **accuracy_metrics([a - b for a, b in zip(rewards[::2], rewards[1::2])]),
+            eval_chosen_logprob=mean(logprobs[::2]),
+            eval_rejected_logprob=mean(logprobs[1::2]),
+            eval_score=mean(rewards),
+            eval_score_std=statistics.stdev(rewards),
+            eval_length_correlation=statistics.correlation(rewards, lengths) if any(rewards) else None,
+        )
+
+    metrics, drawn = [second.evaluated({}, 0, UPDATES) | evaluation()], []
+    for update in range(1, UPDATES + 1):
+        batch = [(pair.prompt.text, *pair.responses) for pair in recorded.batches[update - 1]]
+        drawn += batch
+        loss, margins = 0.0, []
+        for prompt, chosen, rejected in batch:
+            margin = beta * (log_ratio(prompt, chosen) - log_ratio(prompt, rejected))
+            loss += (1 + (-margin).exp()).log() / BATCH
+            margins.append(margin.item())
+        loss.backward()
+        found = dict(loss=loss.item(), margin=mean(margins), learning_rate=RATE * RATES[update - 1])
+        found |= dict(accuracy=mean((x > 0) + (x == 0) / 2 for x in margins))
+        found["grad_norm"] = clipped_step(policy, optimizer, found["learning_rate"], max_grad_norm)
+        found = second.evaluated(found, update, UPDATES)
+        metrics.append(found | (evaluation() if "eval_log_ratio" in found else {}))
+    for rows in (metrics, recorded.metrics):  # at first all margins are 0, but for rounding
+        assert abs(rows[1].pop("accuracy") - 0.5) <= 0.5
+    assert set(drawn) < {
+        (row["prompt"], row["chosen"], row["rejected"]) for row in pairs
+    }  # the others need no log π_ref
+    assert len(second.rollouts) == 1  # for the check of what was saved
+    assert 0 < metrics[-1]["accuracy"] <= 1 and metrics[-1]["eval_margin"] != 0
+    assert_telling(metrics, max_grad_norm, [])
+    assert_agree(recorded, metrics, second.samples, policy.state_dict())

@@ -1,0 +1,324 @@
+r"""DPO, direct preference optimization: a policy trained on pairs of responses of which one was preferred.
+
+    loss  =  mean over pairs of  −log σ(r(x, y_w) − r(x, y_l)),    r(x, y) = β log (π(y | x) / π_ref(y | x))
+
+(SPR, NeurIPS 2024 FITML workshop, eq. 24). The loss is that of reward_model.py; the policy is the best one for this r,
+less β times its KL divergence to the initial policy π_ref. No reward model is trained and nothing is sampled; log π_ref
+of the pairs is computed before training: one model is in memory. No response of the policy's own is ever judged.
+
+What to look at while it trains: held-out accuracy and margin; the log-probabilities of chosen and rejected responses,
+which may both fall, since the loss knows only their difference; the greedy responses' log-ratio. The last lines are a
+calibration table: of the pairs that it claims to know with 80% certainty it should get 80% right.
+
+One CPU:     python dpo.py
+One GPU:     python dpo.py --model M --dataset D --learning-rate 1e-6 --max-prompt-length 512 --response-length 256 \
+                 --dtype bfloat16 --micro-batch-size 8
+Eight GPUs:  deepspeed dpo.py --model M --dataset D --learning-rate 1e-6 --max-prompt-length 512 --response-length 256 \
+                 --dtype bfloat16 --micro-batch-size 8 --batch-size 128 --zero-stage 2 --gradient-checkpointing
+
+Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import common
+from common import Fraction, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# ---------------------------------------------------------------- Flags
+
+
+@dataclass
+class Args:
+    # The run
+    seed: int = 1
+    """Seed of everything that is random."""
+    output_dir: PathOrName | None = None
+    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    resume: PathOrName | None = None
+    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    save_every: NonNegativeInt = 0
+    """Updates between checkpoints for --resume; 0 for none."""
+
+    # Model and data
+    model: PathOrName = "examples/reviews/policy"
+    """Causal language model to start from: a local folder or a hub name."""
+    dataset: PathOrName = "examples/reviews/preferences.jsonl"
+    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
+    dataset_split: str = "train"
+    """Split of the hub data sets; files have none."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompts, as texts or as chat messages."""
+    eval_dataset: PathOrName | None = None
+    """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
+    eval_every: NonNegativeInt = 25
+    """Updates between evaluations, which also come first and last; 0 for none while training."""
+    eval_size: PositiveInt = 200
+    """Held-out rows per evaluation."""
+    max_prompt_length: PositiveInt = 64
+    """Prompt tokens; longer prompts lose their beginning."""
+    response_length: PositiveInt = 48
+    """Maximum number of tokens of a response."""
+    gold_reward_function: PathOrName | None = None
+    """Python function file.py:name that is logged and never trained on."""
+
+    # Optimization
+    total_episodes: PositiveInt | None = None
+    """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
+    batch_size: PositiveInt = 32
+    """Prompts per update, over all ranks."""
+    micro_batch_size: PositiveInt = 64
+    """Rows per forward and backward on one rank; changes memory, not results."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    warmup_ratio: Fraction = 0.05
+    """Share of the schedule's steps in which the learning rate rises from 0."""
+    max_grad_norm: PositiveFloat = 50.0
+    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; master weights are float32 in both."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
+    offload: bool = False
+    """Keep optimizer state and frozen models in CPU memory between uses."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward, to save memory."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers; eager for models that have no sdpa."""
+
+    # Preferences
+    chosen_column: str = "chosen"
+    """Column that holds the better response, as text or as chat messages."""
+    rejected_column: str = "rejected"
+    """Column that holds the worse response, as text or as chat messages."""
+    num_epochs: PositiveInt = 2
+    """Passes over the data set."""
+    beta: PositiveFloat = 0.1
+    """Reward units that a nat of log-ratio costs; towards ∞ the policy stays the initial one."""
+
+
+# ---------------------------------------------------------------- The algorithm
+
+
+def preference_loss(chosen_log_ratios_B, rejected_log_ratios_B, beta):
+    """−log σ(β (chosen − rejected)), mean -> scalar. Log-ratios are log (π / π_ref) of whole responses, in nats."""
+    return -F.logsigmoid(beta * (chosen_log_ratios_B - rejected_log_ratios_B)).mean()  # SPR, eq. 24
+
+
+# ---------------------------------------------------------------- Data and evaluation
+
+
+@dataclass
+class Pair:
+    """A prompt, its chosen and its rejected response, and the token ids that the model reads for each."""
+
+    prompt: common.Prompt
+    responses: tuple[str, str]
+    ids: tuple[list[int], list[int]]
+    ref_logprobs: tuple[float, float] = (0.0, 0.0)  # under the initial policy; log-ratios are log π before they are set
+
+
+def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+    """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
+    prompt_column, *response_columns = columns
+    too_long = f"of more than {max_length} tokens, dropped"
+    pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
+    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
+        responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
+        ids = tuple([*common.encode_response(tokenizer, text), tokenizer.eos_token_id] for text in responses)
+        if not all(response.strip() for response in responses):
+            counts["with an empty response, dropped"] += 1
+        elif ids[0] == ids[1]:
+            counts["of equals, dropped"] += 1
+        elif max(map(len, ids)) > max_length:
+            counts[too_long] += 1
+        else:
+            pairs.append(Pair(prompt, responses, ids))
+    if not pairs:
+        common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
+    common.report(path, len(pairs), "pairs", counts)
+    return pairs
+
+
+def scores(model, pairs):
+    """Log-ratios log π − log π_ref of whole responses, EOS included -> (chosen_B, rejected_B), in one forward."""
+    chosen = [pair.ids[0] for pair in pairs]
+    rejected = [pair.ids[1] for pair in pairs]
+    responses = common.as_responses(model, [pair.prompt for pair in pairs + pairs], chosen + rejected)
+    logprobs_2B = (common.forward(model, responses) * responses.mask_BT).sum(1).view(2, -1)
+    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=model.device).T
+
+
+@torch.no_grad()
+def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
+    """-> each pair's scores, the same on every rank."""
+    share = common.deal_out(pairs)
+    found = []
+    for start in range(0, len(share), pairs_at_once):
+        chosen_M, rejected_M = scores(model, share[start : start + pairs_at_once])
+        found += zip(chosen_M.tolist(), rejected_M.tolist())
+    return common.gather_rows(found)[: len(pairs)]
+
+
+def evaluate(model, pairs, pairs_at_once, beta) -> list[dict]:
+    """-> one row per held-out response, chosen and rejected in turn."""
+    rows = []
+    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
+        for i in (0, 1):
+            row = dict(reward=beta * found[i], logprob=found[i] + pair.ref_logprobs[i])
+            rows.append(row | dict(length=len(pair.ids[i])))
+    return rows
+
+
+def evaluation_metrics(rows) -> dict[str, float]:
+    """Of the held-out pairs; the interval is half the width of the accuracy's 95% interval."""
+    rewards = torch.tensor([row["reward"] for row in rows])
+    lengths = torch.tensor([float(row["length"]) for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    right = accuracy(margins_B).mean().item()
+    return dict(
+        eval_accuracy=right,
+        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
+        eval_margin=margins_B.mean().item(),
+        eval_chosen_logprob=sum(row["logprob"] for row in rows[::2]) / len(margins_B),
+        eval_rejected_logprob=sum(row["logprob"] for row in rows[1::2]) / len(margins_B),
+        eval_score=rewards.mean().item(),
+        eval_score_std=rewards.std().item(),
+        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
+    )
+
+
+def accuracy(margins_B):
+    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
+
+
+def calibration_table(rows, bins: int = 5) -> str:
+    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
+    rewards = torch.tensor([row["reward"] for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    certainty_B = margins_B.abs().sigmoid()
+    right_B = (margins_B > 0).float()
+    lines = ["Certainty    pairs   predicted   observed"]
+    for i in range(bins):
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
+        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
+        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
+        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- Training
+
+
+def main() -> None:
+    args = common.parse_args(Args)
+    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+
+    # 1. Models: the policy; the initial one is loaded again for the moment of an evaluation
+    tokenizer = common.load_tokenizer(args.model)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
+
+    def load_model(path, backend):
+        return common.load_policy(path, tokenizer, sampling, backend)
+
+    model = common.train_engine(load_model(args.model, backend), backend, args.max_grad_norm)
+    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
+
+    # 2. Data
+    def load(path):
+        columns = (args.prompt_column, args.chosen_column, args.rejected_column)
+        hub = (args.dataset_config, args.dataset_split)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, args.response_length)
+
+    pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
+    total_episodes = args.total_episodes or args.num_epochs * len(pairs)
+    B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
+    pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
+
+    rewards = {}
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, pairs[0].prompt)
+    needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
+    for some in ([pairs[i] for i in needed], eval_pairs):  # the model is the initial policy: `run` resumes later
+        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):
+            pair.ref_logprobs = logprobs
+
+    def evaluated(update) -> dict[str, float]:
+        rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
+        reference = common.freeze(load_model(args.model, whole), whole)
+        prompts = [pair.prompt for pair in eval_pairs]
+        greedy = common.evaluate(model, reference, prompts, rewards, args.micro_batch_size)
+        run.log_samples(update, greedy)
+        return evaluation_metrics(rows) | common.evaluation_metrics(greedy, greedy)
+
+    run = common.Run(args, __file__, num_updates, model)
+    if run.last_checkpoint == 0 and args.eval_every:
+        run.log(0, dict(episodes=0) | evaluated(update=0))
+
+    for update in range(run.last_checkpoint + 1, num_updates + 1):
+        common.set_seed(args.seed, update, backend.rank)
+        start_time = time.perf_counter()
+
+        # 3, 4. Nothing to roll out and nothing to score: the data set has the responses and which was preferred.
+        batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
+
+        # 5. Update: one step
+        losses, chosen, rejected = [], [], []
+        lengths_B = torch.tensor([max(map(len, pair.ids)) for pair in batch])
+        for numbers, is_last in common.micro_batches(lengths_B, pairs_at_once):
+            chosen_M, rejected_M = scores(model, [batch[i] for i in numbers])
+            loss = preference_loss(chosen_M, rejected_M, args.beta)
+            loss = loss * len(numbers) / B  # the engine averages over ranks
+            common.backward(model, loss, is_last)
+            losses.append(loss.detach())
+            chosen.append(chosen_M.detach())
+            rejected.append(rejected_M.detach())
+        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
+        grad_norm, skipped_updates = common.optimizer_step(model, learning_rate)
+        train_time = time.perf_counter()
+
+        # 6. Log, evaluate, checkpoint
+        margins_B = args.beta * (torch.cat(chosen) - torch.cat(rejected))
+        means = dict(
+            accuracy=accuracy(margins_B),
+            margin=margins_B,
+            loss=torch.stack(losses).sum(),
+        )
+        metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
+        metrics |= dict(seconds_train=train_time - start_time)
+        if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
+            metrics |= evaluated(update)
+        run.log(update, metrics)
+        if args.save_every and update % args.save_every == 0:
+            run.save_checkpoint(update)
+        run.stop_if_asked(update)
+
+    # 7. Save, and check that the saved model gives the same outputs
+    rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
+    response = common.rollout(model, [eval_pairs[0].prompt], num_samples=0, greedy=True)
+    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
+    common.save_and_check(model, tokenizer, run.folder / "policy", load_model, inputs, backend)
+    print("\n" + calibration_table(rows))
+    run.finish("policy", common.LANGUAGE_MODEL)
+
+
+if __name__ == "__main__":
+    main()
