@@ -126,12 +126,12 @@ def main() -> None:
     for seed in args.seeds:
         for method in args.methods:
             rule = f"--reward-function {args.reward_function}"
-            command = "python " + METHODS.get(method, "").replace("RULE", rule) + f" --seed {seed}"
+            is_run = method in METHODS
+            command = f"python {METHODS[method].replace('RULE', rule)} --seed {seed}" if is_run else ""
             name = method if args.reward_function == Args.reward_function else f"{method}, {args.reward_function}"
             if any((row["method"], row["command"]) == (name, command) for row in results):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                is_run = method in METHODS
                 row = run(command, Path(folder, "run")) if is_run else dict(cpu_seconds=0.0)
                 row = measure(Path(folder, "run", "policy") if is_run else Path(EXAMPLE, "policy")) | row
             key = dict(task="guess_and_check", method=name, seed=seed, command=command, commit=git.stdout.strip())
