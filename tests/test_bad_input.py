@@ -397,7 +397,7 @@ MODELS = {  # how it is made: (scripts, what is said)
 def test_models_that_cannot_be_trained(tmp_path, capsys, script, make):
     (tmp_path / "m").mkdir()
     make(tmp_path / "m", example_tokenizer())
-    data = EXAMPLE_PAIRS if script == "reward_model" else EXAMPLE_DATA
+    data = EXAMPLE_PAIRS if script in PAIRS else EXAMPLE_DATA
     assert run_here(script, *SHORT, "--model", tmp_path / "m", *data, "--output-dir", tmp_path / "r") == 2
     line = one_line(capsys)
     assert MODELS[make][1] in line and str(tmp_path / "m") in line, line

@@ -164,6 +164,7 @@ def test_a_reward_model_reads_a_chat_through_its_own_template(tmp_path, chat_tok
 
 
 def test_a_reward_model_of_chats_is_trained_as_it_scores(tmp_path, chat_tokenizer):
+    import dpo
     import reward_model
 
     path = tmp_path / "p.jsonl"
@@ -172,6 +173,12 @@ def test_a_reward_model_of_chats_is_trained_as_it_scores(tmp_path, chat_tokenize
     (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in pair.ids]
     assert texts == ["<user>The plot<assistant> was good.", "<user>The plot<assistant> was bad."]
+    (pair,) = dpo.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
+    texts = [chat_tokenizer.decode(ids) for ids in (pair.prompt.ids, *pair.ids)]
+    assert texts == ["<user>The plot<assistant>", " was good.<|endoftext|>", " was bad.<|endoftext|>"]
+    path.write_text(json.dumps(dict(prompt="The plot", messages=[HI, HELLO], chosen=[HI, HELLO], rejected=" was bad.")))
+    (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
+    assert chat_tokenizer.decode(pair.ids[0]) == "The plot was good.<|endoftext|>"  # that column is not the prompt
 
 
 def test_values_start_from_a_reward_model_with_the_same_template_only(tmp_path, chat_tokenizer):
