@@ -880,12 +880,14 @@ def encode(tokenizer, text, **kwargs) -> list[int]:
 
 
 def encode_response(tokenizer, text) -> list[int]:
-    """The ids of a text as it stands after a prompt: alone, some tokenizers begin it with a space."""
+    """The ids of a text as it stands after a prompt (alone, some tokenizers begin it with a space), with one EOS."""
+    if tokenizer.eos_token_id is None:
+        fail(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends a response")
     ids = encode(tokenizer, text, add_special_tokens=False)
-    if decode(tokenizer, [ids]) == [text]:
-        return ids
-    anchor = encode(tokenizer, "\n", add_special_tokens=False)
-    return encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
+    if decode(tokenizer, [ids]) != [text]:
+        anchor = encode(tokenizer, "\n", add_special_tokens=False)
+        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:

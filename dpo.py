@@ -138,7 +138,7 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
     for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
         responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
-        ids = tuple([*common.encode_response(tokenizer, text), tokenizer.eos_token_id] for text in responses)
+        ids = tuple(common.encode_response(tokenizer, response) for response in responses)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:
