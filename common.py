@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +47,13 @@ import transformers  # noqa: E402
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+LANGUAGE_MODEL = """
+import transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+model = transformers.AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("A prompt", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=64)[0]))
+"""
 
 
 # ---------------------------------------------------------------- 1. Rollout
@@ -344,23 +352,35 @@ class LastTokenScore(ModelFunction):
         return self.model.score(hidden_BLD[rows_B, mask_BL.sum(1) - 1])
 
 
-def reward_model_ids(tokenizer, prompt, response, max_length) -> list[int]:
-    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left."""
-    ids = encode(tokenizer, prompt + response)
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
+def reward_model_ids(tokenizer, prompt, response, max_length, messages=None) -> list[int]:
+    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
+
+    A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
+    """
+    if messages and tokenizer.chat_template:
+        text = chat_text(tokenizer, [*messages, dict(role="assistant", content=response)], tokenizer.name_or_path)
+        ids = encode(tokenizer, text, add_special_tokens=False)
+    else:
+        ids = encode(tokenizer, prompt + response)
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
     return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
 class Reward:
     """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty."""
 
-    def __init__(self, model, function, missing_eos_penalty, backend):
+    def __init__(self, model, function, missing_eos_penalty, backend, prompt: Prompt):
+        if not model and not function:
+            fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.backend = backend
-        self.function = function_from_file(function) if function else self.scores
-        if not function:
+        self.function = self.scores
+        if function:
+            self.function = function_from_file(function)
+            self.checked_scores([prompt], [""])  # an error in it shows now, not after the first rollout
+        else:
             classifier, self.tokenizer = load_classifier(model, backend)
             self.max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
             self.mean = getattr(classifier.config, "reward_mean", 0.0)
@@ -369,7 +389,9 @@ class Reward:
     @torch.no_grad()
     def scores(self, prompts: list[str], responses: list[str], **columns) -> list[float]:
         """The reward model's scores; it reads texts, so it may have any tokenizer."""
-        ids = [reward_model_ids(self.tokenizer, *texts, self.max_length) for texts in zip(prompts, responses)]
+        chats = columns.get("messages", [None] * len(prompts))
+        texts = zip(prompts, responses, [self.max_length] * len(prompts), chats)
+        ids = [reward_model_ids(self.tokenizer, *row) for row in texts]
         lengths_B = torch.tensor([len(row) for row in ids])
         scores_B = torch.empty(len(ids), device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.backend.micro_batch_size):
@@ -377,18 +399,22 @@ class Reward:
             scores_B[rows] = self.scorer(ids_BL, mask_BL)
         return (scores_B - self.mean).tolist()
 
-    def __call__(self, responses: Responses):
-        """-> rewards_B, float32."""
-        prompts = [prompt.text for prompt in responses.prompts]
-        names = {name: None for prompt in responses.prompts for name in prompt.columns}
-        columns = {name: [prompt.columns.get(name) for prompt in responses.prompts] for name in names}
-        with fails_with(f"{self.name} raised", status=1):
-            scores = [float(score) for score in self.function(prompts, list(responses.texts), **columns)]
-        if len(scores) != len(prompts):
-            fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
-        for score, text in zip(scores, responses.texts):
+    def checked_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        names = {name: None for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        with shows_traceback(self.name):
+            scores = self.function([prompt.text for prompt in prompts], list(texts), **columns)
+            scores = [float(score) for score in scores]
+        if len(scores) != len(texts):
+            fail(f"{self.name} returned {len(scores)} rewards for {len(texts)} responses", status=1)
+        for score, text in zip(scores, texts):
             if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
                 fail(f"{self.name} returned {score} for the response {text!r}", status=1)
+        return scores
+
+    def __call__(self, responses: Responses):
+        """-> rewards_B, float32."""
+        scores = self.checked_scores(responses.prompts, responses.texts)
         rewards_B = torch.tensor(scores, device=responses.ended_B.device)
         return rewards_B - self.missing_eos_penalty * ~responses.ended_B
 
@@ -398,11 +424,24 @@ def function_from_file(spec) -> Callable[..., list[float]]:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-    with fails_with(f"{spec}: importing the file raised"):
+    with shows_traceback(spec):
         names = runpy.run_path(path)
     if not callable(names.get(name)):
         fail(f"{spec}: the file has no function {name!r}")
     return names[name]
+
+
+@contextlib.contextmanager
+def shows_traceback(spec) -> Iterator[None]:
+    """An error inside ends the run with the traceback of the user's file alone."""
+    try:
+        yield
+    except Exception as error:
+        position = error.__traceback__
+        while position and position.tb_frame.f_code.co_filename != spec.rpartition(":")[0]:
+            position = position.tb_next
+        tqdm.write("".join(traceback.format_exception(error.with_traceback(position))), file=sys.stderr, end="")
+        fail(f"{spec} raised {type(error).__name__}", status=1)
 
 
 # ---------------------------------------------------------------- 4. Evaluation
@@ -416,18 +455,29 @@ def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size
     ref_logprobs_BT = forward_all(reference, responses, micro_batch_size)
     columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1).tolist()
     columns["response_length"] = responses.mask_BT.sum(1).tolist()
+    if prompts[0].demonstration:
+        shown = rollout(policy, responses.prompts, num_samples=0, greedy=False, demonstrations=True)
+        logprobs_BT = forward_all(policy, shown, micro_batch_size)
+        columns["loss"] = (-(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)).tolist()  # nats per token
+        columns |= {f"demonstration_{name}": reward(shown).tolist() for name, reward in rewards.items()}
     return gather_rows(responses.rows(**columns))[: len(prompts)]
 
 
-def evaluation_metrics(rows: list[dict], other_rows: list[dict]) -> dict[str, float]:
-    """Means of the rows, and how often a row's reward beats that of the other row for the same prompt."""
+def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, float]:
+    """Means of the rows, and how often their rewards beat the initial policy's and the demonstrations'."""
     names = [name for name, value in rows[0].items() if not isinstance(value, str)]
     metrics = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
     if "reward" in names:
-        margins = [row["reward"] - other["reward"] for row, other in zip(rows, other_rows)]
-        wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts 1, a win 2
-        metrics["eval_win_rate"] = sum(wins) / len(wins) / 2
+        metrics["eval_win_rate"] = win_rate(rows, [row["reward"] for row in initial_rows])
+    if "demonstration_reward" in names:
+        metrics["eval_win_rate_reference"] = win_rate(rows, [row["demonstration_reward"] for row in rows])
     return metrics
+
+
+def win_rate(rows: list[dict], rewards: list[float]) -> float:
+    margins = [row["reward"] - reward for row, reward in zip(rows, rewards)]
+    wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts 1, a win 2
+    return sum(wins) / len(wins) / 2
 
 
 # ================================================================ Nothing below is about reinforcement learning.
@@ -450,8 +500,13 @@ class Backend:
 
 
 def load_tokenizer(path):
-    with fails_with(f"{path}: no tokenizer could be loaded"):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    """The tokenizer, which also learns how many token ids the model has embeddings for."""
+    absent = f"no folder {path} here, and no hub model of that name could be reached"
+    with fails_with(f"{path}: no tokenizer could be loaded" if Path(path).is_dir() else absent):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer.num_embeddings = config.get_text_config().vocab_size  # added tokens may lie beyond them: `encode` looks
+    return tokenizer
 
 
 def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False, **kwargs):
@@ -467,7 +522,6 @@ def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False,
     embeddings = model.get_input_embeddings().num_embeddings
     if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
-    tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or max_length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -536,8 +590,10 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
 def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ResponseValues:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
     max_length = sampling.max_prompt_length + sampling.response_length
-    if reward_model and load_tokenizer(reward_model).get_vocab() == load_tokenizer(policy).get_vocab():
-        return ResponseValues(load_classifier(reward_model, backend, max_length)[0])
+    if reward_model:
+        ours, its = load_tokenizer(policy), load_tokenizer(reward_model)
+        if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
+            return ResponseValues(load_classifier(reward_model, backend, max_length)[0])
     model, _ = load_classifier(policy, backend, max_length, new_head=True)
     nn.init.zeros_(model.score.weight)
     return ResponseValues(model)
@@ -659,7 +715,7 @@ def save_and_check(engine, tokenizer, folder, load, inputs, backend):
 # ---------------------------------------------------------------- 6. Data
 
 
-def load_rows(path, split="train") -> list[tuple[str, dict]]:
+def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
     """Rows of a local .jsonl, .csv, .json or .parquet file or of a hub data set -> [(where it stands, row)]."""
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".json", ".csv"):  # `datasets` does not know the line of an error, and parses dates
@@ -678,7 +734,7 @@ def load_rows(path, split="train") -> list[tuple[str, dict]]:
         datasets.logging.set_verbosity(logging.CRITICAL)
         with fails_with(path):
             is_file = suffix == ".parquet"
-            table = datasets.Dataset.from_parquet(path) if is_file else datasets.load_dataset(path, split=split)
+            table = datasets.Dataset.from_parquet(path) if is_file else datasets.load_dataset(path, config, split=split)
         rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
@@ -711,41 +767,64 @@ def read_csv(path, text) -> Iterator[tuple[str, dict]]:
         fail(f"{path}:{reader.line_num + 1}: {error}")
 
 
-def read_text(row, column, where, tokenizer=None) -> str:
-    """The text in a column; of chat messages the template's text up to the assistant's turn, or the last content."""
+def read_column(row, column, where) -> str | list[dict]:
+    """A text or chat messages."""
     if column not in row:
         fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
     value = row[column]
-    if isinstance(value, str):
-        return value
     try:
-        text = [message["role"] + message["content"] for message in value] and value[-1]["content"]
+        if not isinstance(value, str):
+            [message["role"] + message["content"] for message in value][0]
     except (TypeError, KeyError, IndexError):
         fail(f"{where}: {column!r} is {str(value)[:40]}; expected a text or a list of {{role, content}} messages")
-    if tokenizer is None:
-        return text
+    return value
+
+
+def read_response(row, column, where) -> str:
+    """The text in a column, of chat messages the last content."""
+    value = read_column(row, column, where)
+    return value if isinstance(value, str) else value[-1]["content"]
+
+
+def read_prompt(row, column, where, tokenizer) -> tuple[str, list[dict] | None]:
+    """-> (text, messages); of a chat, the template's text up to the assistant's turn, without an answer at the end."""
+    value = read_column(row, column, where)
+    if isinstance(value, str):
+        return value, None
+    messages = value[:-1] if value[-1]["role"] == "assistant" else value
+    if not messages:
+        fail(f"{where}: {column!r} holds an answer alone; expected the messages before it")
+    return chat_text(tokenizer, messages, f"{where}: {column!r}", add_generation_prompt=True), messages
+
+
+def chat_text(tokenizer, messages, where, **kwargs) -> str:
     if not tokenizer.chat_template:
-        fail(f"{where}: {column!r} holds chat messages, but the model's tokenizer has no chat template")
-    with fails_with(f"{where}: the chat template refuses {column!r}"):  # such as an order of roles
-        return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        fail(f"{where} holds chat messages, but the model's tokenizer has no chat template")
+    with fails_with(f"{where}: the chat template refuses the messages"):  # such as an order of roles
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
-def load_prompts(path, split, column, tokenizer, max_length) -> list[Prompt]:
-    """Prompts cut on the left to `max_length` tokens (a BOS stays in front); empty ones are dropped and counted."""
-    prompts, num_cut, num_empty = [], 0, 0
-    for where, row in load_rows(path, split):
-        text = read_text(row, column, where, tokenizer)
-        is_chat = text is not row[column]  # a chat template writes its own special tokens
-        ids = encode(tokenizer, text, add_special_tokens=not is_chat)
+def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
+    """Prompts cut on the left to `max_length` tokens (a BOS stays in front). `hub`: (configuration, split)."""
+    prompts, lengths, num_empty, num_answers = [], [], 0, 0
+    for where, row in load_rows(path, *hub):
+        text, messages = read_prompt(row, column, where, tokenizer)
+        # A chat template writes its own special tokens.
+        ids = encode(tokenizer, text, add_special_tokens=messages is None)
         columns = {name: value for name, value in row.items() if name != column}
+        if messages:
+            columns["messages"] = messages
+            num_answers += len(messages) < len(row[column])
         if text.strip() and ids:
             prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where))
-            num_cut += len(ids) > max_length
+            lengths.append(len(ids))
         else:
             num_empty += 1
     if not prompts:
         fail(f"{path}: every prompt is empty")
-    report(path, f"{len(prompts):,} prompts", {"empty, dropped": num_empty, f"cut to {max_length} tokens": num_cut})
+    counts = {"empty, dropped": num_empty, "lost the answer at their end": num_answers}
+    report(path, f"{len(prompts):,} prompts", counts)
+    report_lengths(lengths, max_length, "--max-prompt-length", "prompts", "lose their beginning")
     return prompts
 
 
@@ -754,15 +833,29 @@ def report(path, found, counts: dict[str, int]):
     print(f"{found} from {os.path.relpath(path)}" + (f" ({', '.join(notes)})" if notes else ""))
 
 
+def report_lengths(lengths: list[int], limit, flag, rows, loss):
+    """Says how many rows are too long; if they are more than a tenth, as a warning."""
+    count = sum(length > limit for length in lengths)
+    if count:
+        most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
+        warning = f"warning: raise {flag}: " if count > len(lengths) / 10 else ""
+        print(f"{warning}{count:,} of {len(lengths):,} {rows} {loss}: more than {flag} {limit} tokens (95 %: {most:,})")
+
+
 def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
+    print("Data:", end=" ")
     rows = load(dataset)
-    if eval_dataset or not size:
-        return rows, load(eval_dataset)[:size] if size else []
+    if not size:
+        return rows, []
+    print("Held-out data:", end=" ")
+    if eval_dataset:
+        return rows, load(eval_dataset)[:size]
     if len(rows) < 2:
         fail(f"{dataset}: its one row cannot be both trained on and held out: give --eval-dataset")
     rows = [rows[i] for i in shuffled_indices(len(rows), 0, 0, len(rows))]
     size = min(size, len(rows) // 2)
+    print(f"{size:,} of them, which are not trained on")
     return rows[size:], rows[:size]
 
 
@@ -826,6 +919,58 @@ def write_whole(path, text):
     aside.replace(path)
 
 
+def as_table(values: dict) -> str:
+    """Markdown."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
+
+
+def model_card(script, args: dict, metrics: dict, usage) -> str:
+    """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
+    metrics = {name: f"{value:.4g}" for name, value in metrics.items() if value is not None}
+    args = {name: value for name, value in args.items() if value is not None}
+    title = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
+    code = f"In this folder:\n\n```python\n{usage.strip()}\n```\n"
+    return "\n".join([title, code, "## Last metrics\n", as_table(metrics), "\n## Flags\n", as_table(args), ""])
+
+
+def curve(name) -> str:
+    """A metric's name in TensorBoard: its group, then itself."""
+    if name.startswith("eval_"):
+        return f"eval/{name}"
+    if name.startswith(("seconds", "tokens", "peak_memory", "episodes", "update")):
+        return f"time/{name}"
+    if "reward" in name:
+        return f"reward/{name}"
+    return f"training/{name}" if name in ("loss", "value_loss", "grad_norm", "learning_rate") else f"policy/{name}"
+
+
+def troubles(rows: list[dict]) -> dict[str, str]:
+    """What has gone wrong, from a run's rows of metrics -> {name: a sentence that names the flag to turn}."""
+
+    def last_are(metric, low, high):
+        values = [row.get(metric) for row in rows[-3:]]
+        return len(values) == 3 and all(value is not None and low < value < high for value in values)
+
+    found = {}
+    if last_are("entropy", -1, 0.02):
+        found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
+    if last_are("truncated_fraction", 0.5, 2):
+        found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
+    if last_are("kl", 100, math.inf) or rows[-1].get("eval_log_ratio", 0) > 100:
+        found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
+    if last_are("reward_std", -1, 1e-6):
+        found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
+    evaluations = [row for row in rows if "eval_gold_reward" in row and "eval_reward" in row]
+    if len(evaluations) > 2 and evaluations[-1] is rows[-1]:
+        golds = [row["eval_gold_reward"] for row in evaluations]
+        best = evaluations[golds.index(max(golds))]
+        fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
+        if fell and rows[-1]["eval_reward"] > best["eval_reward"]:
+            since = f"since update {best['update']} the gold reward has fallen while the reward rose"
+            found["gold"] = f"{since}, the policy games it: train less, or hold the policy nearer to the initial one"
+    return found
+
+
 class Run:
     """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console."""
 
@@ -836,6 +981,8 @@ class Run:
         dist.broadcast_object_list(name)  # the ranks' clocks may differ
         self.folder = Path(name[0]).absolute()
         self.engines, self.is_main, self.signals = engines, dist.get_rank() == 0, []
+        self.script = Path(script).name
+        self.args = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
         self.last_checkpoint = 0
         if args.resume:
             with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
@@ -846,17 +993,26 @@ class Run:
                     if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
                         raise OSError("it is not there or not whole")
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume the run")
+            started = (self.folder / "args.json").exists()
+            if not started or any(row["update"] for row in read_rows(self.folder / "metrics.jsonl")):
+                fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume it")
         dist.barrier()  # every rank has looked before rank 0 writes
         with fails_with(f"--output-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)  # by all ranks, so that all fail alike
             if self.is_main:
-                saved = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
-                write_whole(self.folder / "args.json", json.dumps(saved, indent=2) + "\n")
+                write_whole(self.folder / "args.json", json.dumps(self.args, indent=2) + "\n")
                 for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                     kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
                     write_whole(path, json_lines(kept))  # nothing after the checkpoint
+                for path in [] if self.last_checkpoint else self.folder.glob("events.*"):
+                    path.unlink()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
+                self.writer.add_text("flags", as_table(self.args))
+        for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
+            if self.args.get(name):
+                print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
+        self.rows = read_rows(self.folder / "metrics.jsonl")
+        self.warned = set()
         self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
         self.skipped = sum(engine.skipped_steps for engine in engines)
         self.faults = []  # the updates in a row that have skipped a step
@@ -873,10 +1029,15 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json_lines([dict.fromkeys(metrics) | finite]))
             for name, value in metrics.items():
-                self.writer.add_scalar(name, value, update)
-            shown = {name: f"{metrics[name]:.2f}" for name in ("reward", "kl", "accuracy") if name in metrics}
-            self.bar.set_postfix(shown, refresh=False)
+                self.writer.add_scalar(curve(name), value, update)
+            self.rows.append(metrics)
+            names = ("reward", "gold_reward", "kl", "entropy") if "reward" in metrics else ("accuracy", "loss")
+            self.show({name: metrics[name] for name in names if name in metrics})
             self.bar.update(update > 0)
+            for name, sentence in troubles(self.rows).items():
+                if name not in self.warned:
+                    tqdm.write(f"warning, update {update}: {sentence}")
+                    self.warned.add(name)
         skipped = metrics.get("skipped_updates", 0)
         self.faults = [*self.faults, update] if skipped > self.skipped else []
         self.skipped = skipped
@@ -884,18 +1045,22 @@ class Run:
             name = next((name for name in metrics if name not in finite), "a gradient")
             fail(f"ten updates in a row were skipped: {name} is not finite since update {self.faults[0]}", status=1)
 
+    def show(self, numbers: dict[str, float]):
+        """Numbers beside the progress bar."""
+        self.bar.set_postfix({name: f"{number:.2f}" for name, number in numbers.items()}, refresh=False)
+
     def log_samples(self, update, rows: list[dict], title="greedy responses to held-out prompts"):
-        """All rows of an evaluation to samples.jsonl, three to the console."""
+        """All rows of an evaluation to samples.jsonl, ten to TensorBoard, three to the console."""
         if not self.is_main:
             return
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json_lines([dict(update=update) | row for row in rows]))
-        scored = "reward" in rows[0]
-        mean = f"mean reward {sum(row['reward'] for row in rows) / len(rows):.2f} of " if scored else ""
-        tqdm.write(f"\nAfter {update} updates: {mean}{title}, such as")
-        for row in rows[:3]:
-            reward = f"  [{row['reward']:6.2f}]" if scored else " "
-            tqdm.write(f"{reward} {row['prompt'][-120:]} ▸{row['response'][:400]}")
+        lines = []
+        for row in rows[:10]:
+            reward = f"[{row['reward']:6.2f}] " if "reward" in row else ""
+            lines.append(f"    {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
+        self.writer.add_text("samples", "\n".join(lines), update)
+        tqdm.write("\n".join([f"\nAfter {update} updates: {title}, such as", *lines[:3]]))
 
     def write_rows(self, name, rows: list[dict], size):
         """All ranks' rows to a file of their own, in groups of `size` that stay together."""
@@ -924,18 +1089,22 @@ class Run:
             tqdm.write(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
             raise SystemExit(128 + number)
 
-    def finish(self, model):
-        """The console's last lines: first and last evaluation, and where the files are."""
+    def finish(self, model, usage):
+        """A model card, and the console's last lines: first and last evaluation, warnings, and where the files are."""
         self.close()
         if not self.is_main:
             return
-        rows = read_rows(self.folder / "metrics.jsonl")
-        for name in ("reward", "gold_reward", "win_rate", "log_ratio", "accuracy", "margin"):
-            if (name := f"eval_{name}") in rows[0] and name in rows[-1]:
-                print(f"{name:18} {rows[0][name]:6.2f} → {rows[-1][name]:6.2f}")
+        first, last = self.rows[0], self.rows[-1]
+        write_whole(self.folder / model / "README.md", model_card(self.script, self.args, last, usage))
+        for name in first:
+            if name.startswith("eval_") and name in last and not name.endswith(("_length", "_interval")):
+                interval = f" ± {last[f'{name}_interval']:.2f}" if f"{name}_interval" in last else ""
+                print(f"{name:24} {first[name]:6.2f} → {last[name]:6.2f}{interval}")
+        for sentence in troubles(self.rows).values():
+            print(f"Warning: {sentence}")
         print(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
         print(f"Samples: {self.folder / 'samples.jsonl'}")
-        print(f"Curves:  tensorboard --logdir {self.folder}")
+        print(f"Curves:  tensorboard --logdir {self.folder.parent}")
 
     def close(self):
         self.bar.close()
@@ -995,10 +1164,26 @@ def check_flags(args):
             folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
             if (folder / value.partition(":")[0]).exists():  # else it is a hub name
                 setattr(args, field.name, os.path.abspath(folder / value))
+            elif value.startswith("examples/"):
+                fail(f"--{field.name.replace('_', '-')}: {HERE} has no {value}: give your own")
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
     if args.offload and args.zero_stage == 0:
         fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+
+
+def forget_example(args):
+    """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
+    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    own = {name for name in ("model", "dataset") if getattr(args, name) != defaults[name]}
+    forgotten = {"dataset", "eval_dataset", "reward_model"} & defaults.keys() if own else set()
+    if getattr(args, "reward_function", None):
+        forgotten.add("reward_model")
+    for name in forgotten - given:
+        setattr(args, name, None)
+    if not args.dataset:
+        fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
 
 
 def parse_args(Args):
@@ -1011,6 +1196,8 @@ def parse_args(Args):
     def parse(**kwargs):
         with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):  # all ranks see the same flags
             args = tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
+        if not args.resume:
+            forget_example(args)
         check_flags(args)
         return args
 

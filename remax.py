@@ -26,6 +26,11 @@ Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks ar
 including the first EOS. The rest is in common.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
+
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +60,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -165,8 +172,21 @@ def main() -> None:
     prompts_per_rank, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)
     B = prompts_per_rank * args.num_samples  # sampled rows on this rank
 
-    # 1. Models: the policy in training, the frozen reference (the policy before training), and the reward
+    # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+
+    def load_prompts(path):
+        hub = (args.dataset_config, args.dataset_split)
+        return common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length)
+
+    eval_size = args.eval_size if args.eval_every else 0
+    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
+
+    # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
+    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
+    rewards = dict(reward=common.Reward(*scoring, backend, prompts[0]))
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
     def load_policy(path, backend):  # the check in section 7 has a backend of its own
@@ -174,16 +194,6 @@ def main() -> None:
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
     reference = common.freeze(load_policy(args.model, backend), backend)
-    rewards = dict(reward=common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, backend))
-    if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
-
-    # 2. Data
-    def load_prompts(path):
-        return common.load_prompts(path, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
-
-    eval_size = args.eval_size if args.eval_every else 0
-    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
@@ -233,6 +243,7 @@ def main() -> None:
         # 6. Log, evaluate, checkpoint
         means = dict(
             reward=rewards_B,
+            reward_std=rewards_B.std(correction=0),
             baseline_reward=baselines_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
@@ -263,7 +274,7 @@ def main() -> None:
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
-    run.finish("policy")
+    run.finish("policy", common.LANGUAGE_MODEL)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
+
 import sys
 import time
 from dataclasses import dataclass
@@ -51,6 +56,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -109,6 +116,15 @@ def preference_loss(chosen_B, rejected_B):
 
 # ---------------------------------------------------------------- Data and evaluation
 
+USAGE = """
+import transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+model = transformers.AutoModelForSequenceClassification.from_pretrained(".")
+model.config.pad_token_id = None  # else transformers reads the last token that is no padding, which may miss EOS
+ids = tokenizer("A prompt" + " and its response" + tokenizer.eos_token, return_tensors="pt")
+print(model(**ids).logits.item() - model.config.reward_mean)  # held-out chosen responses have mean 0
+"""
+
 
 @dataclass
 class Pair:
@@ -119,16 +135,16 @@ class Pair:
     ids: tuple[list[int], list[int]]
 
 
-def load_pairs(path, split, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
     cut = f"with a prompt cut to {max_prompt_length} tokens"
     too_long = f"of more than {max_length} tokens, dropped"
     pairs, counts = [], {cut: 0, "with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
-    for where, row in common.load_rows(path, split):
-        prompt = common.read_text(row, prompt_column, where, tokenizer)
-        responses = tuple(common.read_text(row, column, where) for column in response_columns)
-        ids = tuple(common.reward_model_ids(tokenizer, prompt, response, sys.maxsize) for response in responses)
+    for where, row in common.load_rows(path, *hub):
+        prompt, messages = common.read_prompt(row, prompt_column, where, tokenizer)
+        responses = tuple(common.read_response(row, column, where) for column in response_columns)
+        ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize, messages) for text in responses)
         excess = len(common.encode(tokenizer, prompt)) - max_prompt_length  # tokens that the prompt loses
         if excess > 0:
             ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
@@ -222,7 +238,8 @@ def main() -> None:
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        return load_pairs(path, args.dataset_split, columns, tokenizer, args.max_prompt_length, positions)
+        hub = (args.dataset_config, args.dataset_split)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, positions)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
@@ -278,7 +295,7 @@ def main() -> None:
     inputs = common.pad(eval_pairs[0].ids, "right", backend.device)
     common.save_and_check(reward_model, tokenizer, run.folder / "reward_model", load_reward_model, inputs, backend)
     print("\n" + calibration_table(rows))
-    run.finish("reward_model")
+    run.finish("reward_model", USAGE)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks ar
 including the first EOS. The rest is in common.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
+
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +60,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -165,10 +172,11 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
 def read_demonstrations(prompts, column, tokenizer, max_length):
     """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
     for prompt in prompts:
-        text = common.read_text(prompt.columns, column, prompt.where)
+        text = common.read_response(prompt.columns, column, prompt.where)
         prompt.demonstration = [*common.encode_response(tokenizer, text), tokenizer.eos_token_id]
+    lengths = [len(prompt.demonstration) for prompt in prompts]
+    common.report_lengths(lengths, max_length, "--response-length", "demonstrations", "are dropped")
     kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
-    print(f"{len(kept):,} of {len(prompts):,} demonstrations have at most --response-length {max_length} tokens")
     return kept or common.fail(f"every demonstration has more than --response-length {max_length} tokens")
 
 
@@ -182,29 +190,12 @@ def main() -> None:
     minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     X = minibatch_size * args.num_minibatches  # prompts on this rank
 
-    # 1. Models: the policy stays in memory; the others are loaded when needed
+    # 1. Data
     tokenizer = common.load_tokenizer(args.model)
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # the check in section 7 has a backend of its own
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-
-    def load_reward():
-        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, whole)
-
-    rewards = {}
-    if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        load_reward()  # a bad flag fails now, not after the first rollout
-        rewards["reward"] = lambda responses: load_reward()(responses)  # the model is in memory for this call only
-    if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
-
-    # 2. Data
     def load_prompts(path):
-        prompts = common.load_prompts(path, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
+        hub = (args.dataset_config, args.dataset_split)
+        prompts = common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length)
         if args.completion_column in prompts[0].columns:
             return read_demonstrations(prompts, args.completion_column, tokenizer, args.response_length)
         return prompts
@@ -216,6 +207,26 @@ def main() -> None:
     B = X * N  # rows on this rank
     if B == 0:
         common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
+
+    # 2. Models: the policy stays in memory; the others are loaded when needed
+    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
+    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
+
+    def load_reward():
+        return common.Reward(*scoring, whole, prompts[0])
+
+    rewards = {}
+    if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
+        load_reward()  # a bad flag fails now, not after the first rollout
+        rewards["reward"] = lambda responses: load_reward()(responses)  # the model is in memory for this call only
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
+
+    def load_policy(path, backend):  # the check in section 7 has a backend of its own
+        return common.load_policy(path, tokenizer, sampling, backend)
+
+    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
 
     def evaluate(policy):
         reference = common.freeze(load_policy(args.model, whole), whole)
@@ -267,6 +278,7 @@ def main() -> None:
             learning_rate = common.scheduled(args.learning_rate, *schedule)
             grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
             grad_norms.append(grad_norm)
+            run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
         train_time = time.perf_counter()
 
@@ -279,6 +291,7 @@ def main() -> None:
         )
         if "reward" in scores:
             means |= dict(best_reward=rewards_XN.amax(1), weighted_reward=(weights_XN * rewards_XN).sum(1))
+            means["reward_std"] = rewards_XN.std(correction=0)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(
@@ -300,7 +313,7 @@ def main() -> None:
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
-    run.finish("policy")
+    run.finish("policy", common.LANGUAGE_MODEL)
 
 
 if __name__ == "__main__":
