@@ -7,16 +7,16 @@ the weighted tokens by maximum likelihood:
     π_{k+1}  =  argmax over π of  Σ_i Σ_t exp((Q(s_t, y_t) − W(s_t)) / β) log π(y_t | s_t)
 
 so that π_{k+1} approaches π_k(y_t | s_t) exp((Q − W) / β), the best policy near π_k (Theorem 1; Algorithm 1 prints
-argmin by mistake). W(s) = β log E exp(Q(s, y) / β) over tokens y of π_k, so each state's weights have mean 1. V being
-the expected reward of a state, Q(s_t, y_t) = V(s_{t+1}), and the weights of a response multiply to
+argmin by mistake). W(s) = β log E exp(Q(s, y) / β) over tokens y of π_k, so each state's weights have mean 1. V(s)
+being the expected reward, Q(s_t, y_t) = V(s_{t+1}), and the weights of a response multiply to
 
     Π_t exp((Q(s_t, y_t) − W(s_t)) / β)  =  exp((r(x, y) − V(s_0)) / β) · exp(−Σ_t (W(s_t) − V(s_t)) / β)
 
 The second factor is absent from Algorithm 2 (spr.py): here a response pays for each state whose tokens differ in value.
 
-Of Algorithm 1 lines 5 and 6 are as printed. Line 4 is with --td-lambda 0, and line 7 with α = 1; but then an iteration
+Lines 5 and 6 of Algorithm 1 are as printed. Line 4 is with --td-lambda 0, and line 7 with α = 1; but then an iteration
 carries the reward back by one token only, so by default Q is fitted to the reward itself, which has the same mean.
-Lines 8 to 10 keep old responses. Here each iteration fits its own, since eq. 13 wants responses of π_k.
+Lines 8 to 10 keep old responses; here each iteration has its own, since eq. 13 wants responses of π_k.
 
 This script does without these parts of ReMax:
 - frozen models in memory: the reward model is read for the moment of scoring, the initial policy for an evaluation;
@@ -34,6 +34,11 @@ Eight GPUs:  deepspeed spr_token.py --model M --reward-model R --dataset D --eva
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
 including the first EOS. The rest is in common.py.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
 
 import copy
 import time
@@ -66,6 +71,8 @@ class Args:
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
     """Split of the hub data sets; files have none."""
     prompt_column: str = "prompt"
@@ -132,26 +139,19 @@ class Args:
     """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 4
     """Optimizer steps per pass; each takes an equal share of the prompts."""
-    value_epochs: PositiveInt = 3
-    """Passes of the value model over the responses of an update."""
+    value_epochs: PositiveInt = 2
+    """Passes of the value model over the responses of an update; its optimizer steps take fewer rows."""
     value_learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of the value model; about 1e-5 for models of billions of parameters."""
     td_lambda: Fraction = 1.0
-    """Decay of the λ-returns that Q is fitted to; 1 is the sampled return, 0 the paper's one-step target."""
+    """Decay of the returns that Q is fitted to, per token; 1 trusts the rewards, 0 the value model."""
 
 
 # ---------------------------------------------------------------- The algorithm
 
 
-def sample_weights(rewards_BN, reference_B, beta):
-    """exp((r − W) / β) -> weights_BN, float64 (in float32 a β far below the differences of the rewards breaks it)."""
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta is {beta}; expected a finite number above 0")
-    return ((rewards_BN.detach().double() - reference_B.detach().double()[:, None]) / beta).exp()  # eq. 13
-
-
 class TokenValues(common.ModelFunction):
-    """A value model with a second head: Q(s_t, y_t) where token t has been read, and W(s_t) where it has not."""
+    """A value model with a second head: it gives Q(s_t, y_t) where token t has been read, and W(s_t) before that."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -161,23 +161,27 @@ class TokenValues(common.ModelFunction):
         """-> values_B2T, float32: Q and W."""
         ids_BL = torch.cat([prompts_BP, responses_BT], 1)
         mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # the loss masks the tokens after EOS
-        hidden_BSD = common.hidden_states(self.model, ids_BL, mask_BL)[:, prompts_BP.shape[1] - 1 :]  # of s_0 … s_T
+        hidden_BLD = common.hidden_states(self.model, ids_BL, mask_BL)
+        hidden_BSD = hidden_BLD[:, prompts_BP.shape[1] - 1 :]  # S is T + 1: the states s_0 … s_T
         values_BT = self.model.score(hidden_BSD[:, 1:])
         reference_BT = self.reference_head(hidden_BSD[:, :-1])
-        return torch.stack([values_BT, reference_BT], 1) - getattr(self.model.config, "reward_mean", 0.0)
+        values_B2T = torch.stack([values_BT, reference_BT], 1)
+        return values_B2T - getattr(self.model.config, "reward_mean", 0.0)
 
 
 def value_targets(rewards_B, values_BT, mask_BT, gamma):
     """r_t + γ Q(s_{t+1}, y_{t+1}) -> targets_BT, detached. The reward comes with the last token, nothing after it."""
-    next_BT = F.pad((gamma * values_BT.detach() * mask_BT)[:, 1:], (0, 1))
+    values_BT = values_BT.detach() * mask_BT.to(values_BT)
+    targets_BT = F.pad(gamma * values_BT[:, 1:], (0, 1))
     last_B1 = mask_BT.long().sum(1, keepdim=True) - 1
-    return next_BT.scatter_add(1, last_B1, rewards_B.detach().to(next_BT)[:, None])  # eq. 14
+    rewards_B1 = rewards_B.detach().to(targets_BT)[:, None]
+    return targets_BT.scatter_add(1, last_B1, rewards_B1)  # eq. 14
 
 
 def lambda_returns(rewards_B, values_BT, mask_BT, gamma, td_lambda):
     """G_t = r_t + γ ((1 − λ) Q(s_{t+1}, y_{t+1}) + λ G_{t+1}) -> returns_BT, detached."""
     returns_BT = values_BT
-    for _ in range(mask_BT.shape[1]):  # each time one more token from the end is right
+    for _ in range(mask_BT.shape[1]):  # each time G is right for one more token
         returns_BT = value_targets(rewards_B, values_BT.lerp(returns_BT, td_lambda), mask_BT, gamma)
     return returns_BT
 
@@ -185,19 +189,26 @@ def lambda_returns(rewards_B, values_BT, mask_BT, gamma, td_lambda):
 def linex_loss(values_BN, reference_B, beta):
     """mean of exp(z) − z − 1, z = (Q − W) / β -> scalar, differentiable in reference_B.
 
-    It is least where W = β log mean_i exp(Q_i / β). Above z = 5 the exponential goes on as its tangent: finite, and the
-    gradient keeps its sign.
+    It is least at W = β log mean_i exp(Q_i / β). Above z = 5 the tangent goes on: finite, and of the right sign.
     """
     z_BN = (values_BN.detach() - reference_B[:, None]) / beta
-    exp_BN = z_BN.clamp(max=5).exp() * (1 + (z_BN - 5).clamp(min=0))
+    beyond_BN = (z_BN - 5).clamp(min=0)
+    exp_BN = z_BN.clamp(max=5).exp() * (1 + beyond_BN)
     return (exp_BN - z_BN - 1).mean()  # eq. 19
 
 
-def value_loss(values_BT, reference_BT, targets_BT, mask_BT, beta, denominator):
-    """Σ (Q − target)² + 2 β² (exp(z) − z − 1) / denominator -> scalar. 2 β² makes of the Linex loss about (Q − W)²."""
-    values_N, reference_N, targets_N = (x_BT[mask_BT == 1] for x_BT in (values_BT, reference_BT, targets_BT))
-    linex = linex_loss(values_N[:, None], reference_N, beta) * len(values_N)
-    return ((values_N - targets_N).square().sum() + 2 * beta**2 * linex) / denominator
+def value_loss(values_B2T, targets_BT, mask_BT, beta, denominator):
+    """Σ (Q − target)² + 2 β² (exp(z) − z − 1) / denominator -> scalar. The factor makes the second about (Q − W)²."""
+    values_N, reference_N = values_B2T.movedim(1, 0)[:, mask_BT == 1]
+    errors_N = values_N - targets_BT.detach()[mask_BT == 1]
+    linex = linex_loss(values_N[:, None], reference_N, beta)
+    return (errors_N.square().mean() + 2 * beta**2 * linex) * len(errors_N) / denominator
+
+
+def token_weights(values_B2T, mask_BT, beta):
+    """exp((Q − W) / β) -> weights_BT, float64, 0 where masked."""
+    values_BT, reference_BT = values_B2T.detach().double().unbind(1)
+    return ((values_BT - reference_BT) / beta).exp().where(mask_BT == 1, 0)  # eq. 13
 
 
 def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
@@ -210,17 +221,16 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
     return -(weights_BT * mask_BT * logprobs_BT / denominator).sum()  # eq. 13, as a loss
 
 
-def value_metrics(values_BT, reference_BT, rewards_B, mask_BT, beta):
-    """Of new responses of all ranks: the share of the rewards' variance that Q explains, and the mean weight."""
-    mean = common.global_means(mean=rewards_B)["mean"]
-    weights_N1 = sample_weights(values_BT[mask_BT == 1][:, None], reference_BT[mask_BT == 1], beta)
-    means = dict(variance=(rewards_B - mean) ** 2, held_out_weight=weights_N1)
-    for percent in (25, 50, 75, 100):  # of a response's tokens
-        last_B1 = (mask_BT.sum(1, keepdim=True) * percent // 100 - 1).clamp(min=0)
-        means[f"explained_{percent}"] = (rewards_B - values_BT.gather(1, last_B1).squeeze(1)) ** 2
-    metrics = common.global_means(**means)
-    variance = metrics.pop("variance") 
-    return metrics | {name: 1 - metrics[name] / variance for name in metrics if name.startswith("explained")}
+def explained_shares(values_BT, rewards_B, mask_BT):
+    """1 − (r − Q)² / Var(r) after ¼, ½, ¾ and all of the tokens -> {name: shares_B}; Var(r) is over all ranks."""
+    rewards = common.gather_rows(rewards_B.tolist())
+    variance = torch.tensor(rewards).var(correction=0).item()
+    shares = {}
+    for percent in (25, 50, 75, 100):
+        last_B1 = mask_BT.sum(1, keepdim=True) * percent // 100 - 1
+        values_B = values_BT.gather(1, last_B1.clamp(min=0)).squeeze(1)
+        shares[f"explained_{percent}"] = 1 - (rewards_B - values_B) ** 2 / variance
+    return shares
 
 
 # ---------------------------------------------------------------- Training
@@ -235,32 +245,35 @@ def main() -> None:
     N = args.num_samples  # responses per prompt
     B = X * N  # rows on this rank
 
-    # 1. Models: the policy and the value model stay in memory; the others are loaded when needed
+    # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+
+    def load_prompts(path):
+        hub = (args.dataset_config, args.dataset_split)
+        return common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length)
+
+    eval_size = args.eval_size if args.eval_every else 0
+    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
+
+    # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
+    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
+    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
+
+    def load_reward():
+        return common.Reward(*scoring, whole, prompts[0])
+
+    load_reward()  # a bad flag fails now, not after the first rollout
+    rewards = dict(reward=lambda responses: load_reward()(responses))  # the model is in memory for this call only
+    if args.gold_reward_function:
+        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
     def load_policy(path, backend):  # the check in section 7 has a backend of its own
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
-    value = common.load_value_model(None if args.reward_function else args.reward_model, args.model, sampling, backend)
+    value = common.load_value_model(args.reward_model, args.model, sampling, backend)
     value = common.train_engine(TokenValues(value.model), backend, args.max_grad_norm)
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-
-    def load_reward():
-        return common.Reward(args.reward_model, args.reward_function, args.missing_eos_penalty, whole)
-
-    load_reward()  # a bad flag fails now, not after the first rollout
-    rewards = dict(reward=lambda responses: load_reward()(responses))  # the model is in memory for this call only
-    if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend)
-
-    # 2. Data
-    def load_prompts(path):
-        return common.load_prompts(path, args.dataset_split, args.prompt_column, tokenizer, args.max_prompt_length)
-
-    eval_size = args.eval_size if args.eval_every else 0
-    prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     def evaluate(policy):
         reference = common.freeze(load_policy(args.model, whole), whole)
@@ -285,14 +298,13 @@ def main() -> None:
 
         # 4. Score
         scores = {name: reward(responses) for name, reward in rewards.items()}
-        rewards_B = scores["reward"]
-        columns = {name: x_B.tolist() for name, x_B in scores.items()}
+        rewards_XN = scores["reward"].view(X, N)
         score_time = time.perf_counter()
 
         # 5. Update: fits of their own, with new moments of Adam and their own schedules: Q and W, then the policy
         common.reset_optimizer(value)
         values_BT = common.forward_all(value, responses, args.micro_batch_size)[:, 0]
-        targets_BT = lambda_returns(rewards_B, values_BT, mask_BT, args.gamma, args.td_lambda)
+        targets_BT = lambda_returns(scores["reward"], values_BT, mask_BT, args.gamma, args.td_lambda)
         value_losses = []
         parts = [rows for _ in range(args.value_epochs) for rows in torch.randperm(B).split(minibatch_size)]
         minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(X).split(minibatch_size)]
@@ -300,23 +312,24 @@ def main() -> None:
             tokens = common.global_means(tokens=mask_BT[part].sum())["tokens"]  # the engine averages over ranks
             for positions, is_last in common.micro_batches(mask_BT[part].sum(1), args.micro_batch_size):
                 rows = part[positions].tolist()
-                values_MT, reference_MT = common.forward(value, responses[rows]).unbind(1)
-                loss = value_loss(values_MT, reference_MT, targets_BT[rows], mask_BT[rows], args.beta, tokens)
+                values_M2T = common.forward(value, responses[rows])
+                loss = value_loss(values_M2T, targets_BT[rows], mask_BT[rows], args.beta, tokens)
                 common.backward(value, loss, is_last)
                 value_losses.append(loss.detach())
             schedule = (args.lr_schedule, args.warmup_ratio, step, len(parts))
-            _, value_skipped = common.optimizer_step(value, common.scheduled(args.value_learning_rate, *schedule))
-
-        values_BT, reference_BT = common.forward_all(value, responses, args.micro_batch_size).unbind(1)
-        real_BT = mask_BT == 1
-        weights_BT = torch.zeros_like(values_BT, dtype=torch.float64)
-        weights_BT[real_BT] = sample_weights(values_BT[real_BT][:, None], reference_BT[real_BT], args.beta).squeeze(1)
-        columns["weights"] = [weights_T[real_T].tolist() for weights_T, real_T in zip(weights_BT, real_BT)]
+            value_learning_rate = common.scheduled(args.value_learning_rate, *schedule)
+            _, value_skipped = common.optimizer_step(value, value_learning_rate)
+        values_B2T = common.forward_all(value, responses, args.micro_batch_size)
+        weights_BT = token_weights(values_B2T, mask_BT, args.beta)
+        columns = {name: x_B.tolist() for name, x_B in scores.items()}
+        columns["weights"] = [weights_T[mask_T == 1].tolist() for weights_T, mask_T in zip(weights_BT, mask_BT)]
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns), N)
-        held_out_metrics = {}
-        if eval_prompts:  # of the policy that Q and W are fitted to
-            held_out = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
-            held_out_metrics = value_metrics(...)
+        held_out = {}
+        if eval_prompts:  # with the policy that Q and W belong to
+            new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
+            values_B2T = common.forward_all(value, new, args.micro_batch_size)
+            held_out = explained_shares(values_B2T[:, 0], rewards["reward"](new), new.mask_BT)
+            held_out["held_out_weight"] = token_weights(values_B2T, new.mask_BT, args.beta)[new.mask_BT == 1]
 
         common.reset_optimizer(policy)
         losses = []
@@ -333,24 +346,26 @@ def main() -> None:
             learning_rate = common.scheduled(args.learning_rate, *schedule)
             grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
             grad_norms.append(grad_norm)
+            run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
         skipped_updates = policy_skipped + value_skipped
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
+        shares_B = weights_BT.sum(1) ** 2 / weights_BT.square().sum(1) / mask_BT.sum(1)  # of tokens that count
         means = scores | dict(
+            weight_ess=shares_B,
             response_length=mask_BT.sum(1),
             truncated_fraction=~responses.ended_B,
             loss=torch.stack(losses).sum() / len(grad_norms),
-            value_loss=torch.stack(value_losses).sum() / len(value_minibatches),
-            best_reward=rewards_B.view(X, N).amax(1),
-            weight=weights_BT[mask_BT == 1],
-            weight_square=weights_BT[mask_BT == 1] ** 2,
+            value_loss=torch.stack(value_losses).sum() / len(parts),
+            best_reward=rewards_XN.amax(1),
+            reward_std=rewards_XN.std(correction=0),
         )
+        means |= held_out
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
-        metrics["weight_ess"] = metrics["weight"] ** 2 / metrics.pop("weight_square")  # as a share of the tokens
-        metrics["weight_max"] = max(common.gather_rows([(weights_BT * mask_BT).max().item()]))
-        metrics |= fit | dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
+        metrics["weight_max"] = max(common.gather_rows([weights_BT.max().item()]))
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= dict(
             seconds_rollout=rollout_time - start_time,
             seconds_score=score_time - rollout_time,
@@ -370,7 +385,7 @@ def main() -> None:
     response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
     inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
     common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
-    run.finish("policy")
+    run.finish("policy", common.LANGUAGE_MODEL)
 
 
 if __name__ == "__main__":
