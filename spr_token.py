@@ -192,8 +192,8 @@ def linex_loss(values_BN, reference_B, beta):
     It is least at W = β log mean_i exp(Q_i / β). Above z = 5 the tangent goes on: finite, and of the right sign.
     """
     z_BN = (values_BN.detach() - reference_B[:, None]) / beta
-    beyond_BN = (z_BN - 5).clamp(min=0)
-    exp_BN = z_BN.clamp(max=5).exp() * (1 + beyond_BN)
+    exp_BN = z_BN.clamp(max=5).exp()
+    exp_BN = exp_BN.where(z_BN <= 5, exp_BN * (z_BN - 4))
     return (exp_BN - z_BN - 1).mean()  # eq. 19
 
 
