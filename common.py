@@ -370,7 +370,7 @@ def reward_model_ids(tokenizer, prompt, response, max_length, messages=None) -> 
 class Reward:
     """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty."""
 
-    def __init__(self, model, function, missing_eos_penalty, backend, prompt: Prompt):
+    def __init__(self, model, function, missing_eos_penalty, backend, prompt: Prompt | None = None):
         if not model and not function:
             fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
@@ -379,7 +379,8 @@ class Reward:
         self.function = self.scores
         if function:
             self.function = function_from_file(function)
-            self.checked_scores([prompt], [""])  # an error in it shows now, not after the first rollout
+            if prompt:
+                self.checked_scores([prompt], [""])  # an error in it shows now, not after the first rollout
         else:
             classifier, self.tokenizer = load_classifier(model, backend)
             self.max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
@@ -436,12 +437,15 @@ def shows_traceback(spec) -> Iterator[None]:
     """An error inside ends the run with the traceback of the user's file alone."""
     try:
         yield
-    except Exception as error:
+    except Failure:
+        raise
+    except (Exception, SystemExit) as error:
         position = error.__traceback__
         while position and position.tb_frame.f_code.co_filename != spec.rpartition(":")[0]:
             position = position.tb_next
-        tqdm.write("".join(traceback.format_exception(error.with_traceback(position))), file=sys.stderr, end="")
-        fail(f"{spec} raised {type(error).__name__}", status=1)
+        *lines, last = traceback.format_exception(error.with_traceback(position))
+        tqdm.write("".join(lines), file=sys.stderr, end="")
+        fail(f"{spec} raised {last.strip()}", status=1)
 
 
 # ---------------------------------------------------------------- 4. Evaluation
@@ -505,12 +509,15 @@ def load_tokenizer(path):
     with fails_with(f"{path}: no tokenizer could be loaded" if Path(path).is_dir() else absent):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    tokenizer.num_embeddings = config.get_text_config().vocab_size  # added tokens may lie beyond them: `encode` looks
+    embeddings = config.get_text_config().vocab_size
+    if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
+    tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
     return tokenizer
 
 
-def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False, **kwargs):
-    """A model from safetensors, without noise, that fits its tokenizer and texts of `max_length` tokens."""
+def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
+    """A model from safetensors, without noise, that takes texts of `max_length` tokens."""
     kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
     kwargs |= dict(use_safetensors=True, trust_remote_code=False)
     with fails_with(f"{path}: no model could be loaded"):
@@ -519,9 +526,6 @@ def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False,
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
     if "score.weight" in info["unexpected_keys"]:
         fail(f"{path}: is a reward model; expected a language model")
-    embeddings = model.get_input_embeddings().num_embeddings
-    if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
-        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or max_length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -540,7 +544,7 @@ def load_model(path, auto_class, tokenizer, max_length, backend, new_head=False,
 def load_policy(path, tokenizer, sampling: Sampling, backend) -> ResponseLogprobs:
     """A causal language model, checked to be one that we can train."""
     max_length = sampling.max_prompt_length + sampling.response_length
-    model = load_model(path, transformers.AutoModelForCausalLM, tokenizer, max_length, backend)
+    model = load_model(path, transformers.AutoModelForCausalLM, max_length, backend)
     policy = ResponseLogprobs(model, tokenizer, sampling, backend.device)
     model.set_attn_implementation("eager")  # flash attention does not run on a CPU
     with fails_with(f"{path}: a {type(model).__name__} is not supported"):
@@ -578,7 +582,7 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     if tokenizer.eos_token_id is None:
         fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
     auto_class = transformers.AutoModelForSequenceClassification
-    model = load_model(path, auto_class, tokenizer, max_length, backend, new_head, num_labels=1)
+    model = load_model(path, auto_class, max_length, backend, new_head, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
         fail(f"{path}: {type(model).__name__} has no linear head `score` with one output, so it is no reward model")
     model.score.__class__ = ScalarHead  # the weights stay the same
@@ -823,14 +827,14 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
     if not prompts:
         fail(f"{path}: every prompt is empty")
     counts = {"empty, dropped": num_empty, "lost the answer at their end": num_answers}
-    report(path, f"{len(prompts):,} prompts", counts)
+    report(path, len(prompts), "prompts", counts)
     report_lengths(lengths, max_length, "--max-prompt-length", "prompts", "lose their beginning")
     return prompts
 
 
-def report(path, found, counts: dict[str, int]):
+def report(path, size, rows, counts: dict[str, int]):
     notes = [f"{count:,} {name}" for name, count in counts.items() if count]
-    print(f"{found} from {os.path.relpath(path)}" + (f" ({', '.join(notes)})" if notes else ""))
+    print(f"{os.path.relpath(path)}, {rows}: {size:,}" + (f" ({', '.join(notes)})" if notes else ""))
 
 
 def report_lengths(lengths: list[int], limit, flag, rows, loss):
@@ -838,8 +842,9 @@ def report_lengths(lengths: list[int], limit, flag, rows, loss):
     count = sum(length > limit for length in lengths)
     if count:
         most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
-        warning = f"warning: raise {flag}: " if count > len(lengths) / 10 else ""
-        print(f"{warning}{count:,} of {len(lengths):,} {rows} {loss}: more than {flag} {limit} tokens (95 %: {most:,})")
+        sign = "warning: " if count > len(lengths) / 10 else ""
+        found = f"{sign}{count:,} of {len(lengths):,} {rows} are longer than {flag} {limit} and {loss}"
+        print(f"{found}; 95 % have at most {most:,} tokens")
 
 
 def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
@@ -1137,6 +1142,9 @@ def fails_with(message, status=2) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         text = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""  # the lines of a .jsonl file are read alone
+            text = f"no valid JSON: {error.msg} ({line}column {error.colno})"
         if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
             text = f"{type(error).__name__}: {text}"
         fail(f"{message}: {(text.strip() or type(error).__name__).splitlines()[0]}", status)
@@ -1215,7 +1223,8 @@ def parse_args(Args):
     args = parse(default=resumed)
     for flag, old in dataclasses.asdict(resumed).items():
         if (new := getattr(args, flag)) != old:
-            fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}")
+            longer = "; to train longer, start a run from its policy" if flag == "total_episodes" else ""
+            fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}{longer}")
     return args
 
 

@@ -138,16 +138,15 @@ class Pair:
 def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
-    cut = f"with a prompt cut to {max_prompt_length} tokens"
     too_long = f"of more than {max_length} tokens, dropped"
-    pairs, counts = [], {cut: 0, "with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
+    pairs, lengths, counts = [], [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
     for where, row in common.load_rows(path, *hub):
         prompt, messages = common.read_prompt(row, prompt_column, where, tokenizer)
         responses = tuple(common.read_response(row, column, where) for column in response_columns)
         ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize, messages) for text in responses)
-        excess = len(common.encode(tokenizer, prompt)) - max_prompt_length  # tokens that the prompt loses
-        if excess > 0:
-            ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
+        lengths.append(len(common.encode(tokenizer, prompt)))
+        excess = max(0, lengths[-1] - max_prompt_length)  # tokens that the prompt loses
+        ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:
@@ -155,11 +154,11 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
         elif max(map(len, ids)) > max_length:
             counts[too_long] += 1
         else:
-            counts[cut] += excess > 0
             pairs.append(Pair(prompt, responses, ids))
     if not pairs:
         common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
-    common.report(path, f"{len(pairs):,} pairs", counts)
+    common.report(path, len(pairs), "pairs", counts)
+    common.report_lengths(lengths, max_prompt_length, "--max-prompt-length", "prompts", "lose their beginning")
     return pairs
 
 

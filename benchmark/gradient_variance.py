@@ -53,8 +53,8 @@ def main() -> None:
     tokenizer = common.load_tokenizer(flags.model)
     sampling = common.Sampling(flags.max_prompt_length, flags.response_length, 1.0, 2 * args.batch_size)
     reference = common.freeze(common.load_policy(flags.model, tokenizer, sampling, backend), backend)
+    prompts = common.load_prompts(flags.dataset, (None, "train"), "prompt", tokenizer, flags.max_prompt_length)
     reward = common.Reward(flags.reward_model, None, 0.0, backend)
-    prompts = common.load_prompts(flags.dataset, "train", "prompt", tokenizer, flags.max_prompt_length)
     for path in args.policies:
         policy = common.load_policy(path, tokenizer, sampling, backend).to(backend.device)
         parameters = list(policy.parameters())

@@ -16,6 +16,8 @@ import torch
 import transformers
 from conftest import (
     EXAMPLE,
+    EXAMPLE_DATA,
+    EXAMPLE_PAIRS,
     ROOT,
     SCRIPTS,
     SHARED,
@@ -83,7 +85,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --zero-stage 4 | zero-stage
         --no-such-flag 1 | no-such-flag
         --total-episodes 4 --batch-size 8 | --total-episodes 4 is less than one update
-        --model no/such/model | no/such/model: no tokenizer could be loaded
+        --model no/such/model | no folder no/such/model here, and no hub model of that name could be reached
         --dataset no.jsonl | no.jsonl: No such file
         --eval-dataset no.jsonl | no.jsonl: No such file
         --prompt-column text | no column 'text'; there are: prompt
@@ -108,12 +110,12 @@ WRONG_FLAGS = {  # script: flags | what is said
         --beta 0 | is not a number above 0
         --weighting best | weighting
         --response-length 65 | is more than the 128 positions of
-        --reward-model nowhere | nowhere: no tokenizer could be loaded
+        --reward-model nowhere | no folder nowhere here
         --reward-function nowhere.py:reward | no such reward function""",
     "reward_model": """
         --chosen-column best | no column 'best'; there are:
         --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
-        --model no/such/model | no/such/model: no tokenizer could be loaded""",
+        --model no/such/model | no folder no/such/model here, and no hub model of that name could be reached""",
 }
 CASES = [(script, *line.split(" | ")) for script, lines in WRONG_FLAGS.items() for line in lines.strip().splitlines()]
 
@@ -200,7 +202,7 @@ def chat_tokenizer():
 
 def refused(capsys, path, tokenizer) -> str:
     with pytest.raises(SystemExit) as error:
-        common.load_prompts(str(path), "train", "prompt", tokenizer, 8)
+        common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, 8)
     assert error.value.code == 2
     return one_line(capsys)
 
@@ -224,7 +226,7 @@ def test_messages_need_a_template_that_takes_them(tmp_path, capsys, tokenizer, c
     assert "p.jsonl:2: 'prompt' holds chat messages, but" in refused(capsys, path, tokenizer)
     chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     line = refused(capsys, path, chat_tokenizer)
-    assert "p.jsonl:2: the chat template" in line and "roles must alternate" in line
+    assert "p.jsonl:2: 'prompt': the chat template" in line and "roles must alternate" in line
 
 
 REFUSED = {  # of the development data, as prompts
@@ -254,7 +256,7 @@ def test_the_broken_files_of_the_development_data(capsys, tokenizer):
         elif path.stem in NO_PROMPTS:
             assert "no column 'prompt'" in refused(capsys, path, tokenizer)
         else:
-            prompts = common.load_prompts(str(path), "train", "prompt", tokenizer, 32)
+            prompts = common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, 32)
             assert prompts and max(len(prompt.ids) for prompt in prompts) <= 32
 
 
@@ -388,7 +390,8 @@ MODELS = {  # how it is made: (scripts, what is said)
 def test_models_that_cannot_be_trained(tmp_path, capsys, script, make):
     (tmp_path / "m").mkdir()
     make(tmp_path / "m", example_tokenizer())
-    assert run_here(script, *SHORT, "--model", tmp_path / "m", "--output-dir", tmp_path / "r") == 2
+    data = EXAMPLE_PAIRS if script == "reward_model" else EXAMPLE_DATA
+    assert run_here(script, *SHORT, "--model", tmp_path / "m", *data, "--output-dir", tmp_path / "r") == 2
     line = one_line(capsys)
     assert MODELS[make][1] in line and str(tmp_path / "m") in line, line
     assert not (tmp_path / "r").exists()
@@ -492,18 +495,18 @@ def test_models_whose_log_probabilities_would_be_wrong(monkeypatch, capsys, spoi
 # ---------------------------------------------------------------- Rewards
 
 CODE = {  # body: (status, what is said)
-    "raise ValueError('no such film')": (1, "raised: no such film"),
-    "raise KeyError('film')": (1, "raised: KeyError: 'film'"),
-    "return 1 / 0": (1, "raised: ZeroDivisionError"),
-    "return b'\\xff'.decode()": (1, "raised: "),
+    "raise ValueError('no such film')": (1, "raised ValueError: no such film"),
+    "raise KeyError('film')": (1, "raised KeyError: 'film'"),
+    "return 1 / 0": (1, "raised ZeroDivisionError"),
+    "return b'\\xff'.decode()": (1, "raised UnicodeDecodeError"),
     "return [float('nan')] * len(responses)": (1, "returned nan for the response"),
     "return [float('-inf')] * len(responses)": (1, "returned -inf for the response"),
     "return [1e300] * len(responses)": (1, "returned 1e+300 for the response"),
     "return [1.0]": (1, "returned 1 rewards for"),
-    "return ['good'] * len(responses)": (1, "raised: could not convert"),
-    "return [None] * len(responses)": (1, "raised: TypeError"),
-    "return None": (1, "raised: TypeError"),
-    "raise SystemExit(0)": (1, "raised: SystemExit"),
+    "return ['good'] * len(responses)": (1, "raised ValueError: could not convert"),
+    "return [None] * len(responses)": (1, "raised TypeError"),
+    "return None": (1, "raised TypeError"),
+    "raise SystemExit(0)": (1, "raised SystemExit"),
 }
 
 
@@ -524,15 +527,15 @@ def test_reward_functions_that_misbehave_in_training(tmp_path, capsys, body, scr
         ("f.py", "", "no such reward function"),
         ("f.py:other", "def reward(): pass", "no function 'other'"),
         ("f.py:reward", "reward = 3", "no function 'reward'"),
-        ("f.py:reward", "def reward(:", "importing the file raised"),
-        ("f.py:reward", "import nothing_like_this", "ModuleNotFoundError"),
-        ("f.py:reward", "import sys\ndef reward(prompts, responses): ...\nsys.exit(0)", "SystemExit"),
+        ("f.py:reward", "def reward(:", "raised SyntaxError"),
+        ("f.py:reward", "import nothing_like_this", "raised ModuleNotFoundError"),
+        ("f.py:reward", "import sys\ndef reward(prompts, responses): ...\nsys.exit(0)", "raised SystemExit"),
     ],
 )
 def test_reward_functions_that_are_not_there(tmp_path, capsys, spec, code, message):
     (tmp_path / "f.py").write_text(code)
     flags = ["--reward-function", tmp_path / spec, "--output-dir", tmp_path / "r"]
-    assert run_here("remax", *SHORT, *flags) == 2
+    assert run_here("remax", *SHORT, *flags) == (1 if "raised" in message else 2)
     line = one_line(capsys)
     assert message in line and str(tmp_path / spec) in line and not (tmp_path / "r").exists()
 

@@ -15,7 +15,7 @@ def write(path, *lines: str) -> str:
 
 
 def load(path, tokenizer, max_length=64) -> list[common.Prompt]:
-    return common.load_prompts(str(path), "train", "prompt", tokenizer, max_length)
+    return common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, max_length)
 
 
 # ---------------------------------------------------------------- Files
@@ -81,7 +81,8 @@ def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path
     assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
     assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
     out = capsys.readouterr().out
-    assert "2 prompts" in out and "2 empty, dropped, 1 cut to 5 tokens" in out
+    assert "prompts: 2 (2 empty, dropped)" in out
+    assert "warning: 1 of 2 prompts are longer than --max-prompt-length 5 and lose their beginning" in out
 
 
 def test_a_bos_stays_in_front_when_a_prompt_is_cut():
@@ -106,12 +107,12 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
     messages = [dict(role="system", content="Be brief"), dict(role="user", content="Hi")]
     (prompt,) = load(write(tmp_path / "a.jsonl", json.dumps(dict(prompt=messages, label=3))), tokenizer)
     assert prompt.text == "<|endoftext|>system: Be brief\n<|endoftext|>user: Hi\nbot:"
-    assert prompt.ids.count(tokenizer.eos_token_id) == 2 and prompt.columns == dict(label=3)
+    assert prompt.ids.count(tokenizer.eos_token_id) == 2 and prompt.columns == dict(label=3, messages=messages)
 
 
 def test_a_response_in_messages_is_their_last_content():
     row = dict(chosen=[dict(role="user", content="Hi"), dict(role="assistant", content=" good")])
-    assert common.read_text(row, "chosen", "a.jsonl:1") == " good"
+    assert common.read_response(row, "chosen", "a.jsonl:1") == " good"
 
 
 # ---------------------------------------------------------------- Held-out rows and batches

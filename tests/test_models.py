@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from conftest import EXAMPLE, ROOT, SCRIPTS, read_metrics, run_here, script_environment, start_backend
+from conftest import EXAMPLE, EXAMPLE_DATA, ROOT, SCRIPTS, read_metrics, run_here, script_environment, start_backend
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import common
@@ -137,7 +137,7 @@ def test_a_model_without_sdpa_computes_what_transformers_computes(kind, tmp_path
 def test_two_updates_and_a_saved_model(kind, tmp_path):
     """M5 and M7: Mixtral's router jitter is switched off; Gemma 3's multimodal class is trained and saved."""
     folder = make_model(kind, WORKING[kind], tmp_path / kind)
-    assert run_here("remax", *UPDATES.split(), "--model", folder, "--output-dir", tmp_path / "r") == 0
+    assert run_here("remax", *UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--output-dir", tmp_path / "r") == 0
     row = read_metrics(tmp_path / "r")[2]
     assert row["grad_norm"] > 0 and row["skipped_updates"] == 0
     assert "eval_log_ratio" in row and "eval_kl" not in row  # M11: greedy responses have a log-ratio, not a KL
@@ -148,7 +148,7 @@ def test_two_updates_and_a_saved_model(kind, tmp_path):
 def test_eager_attention_to_the_end(kind, tmp_path, capsys):
     """M2: the final check reads the model with the attention that it was trained with."""
     folder = make_model(kind, NEEDS_EAGER[kind], tmp_path / kind)
-    flags = [*UPDATES.split(), "--model", folder, "--output-dir"]
+    flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--output-dir"]
     assert run_here("remax", *flags, tmp_path / "eager", "--attention", "eager") == 0
     assert "(checked;" in capsys.readouterr().out
     assert run_here("remax", *flags, tmp_path / "sdpa") == 2 and "scaled_dot_product_attention" in error_line(capsys)
@@ -158,7 +158,7 @@ def test_eager_attention_to_the_end(kind, tmp_path, capsys):
 def test_a_model_that_would_be_trained_wrong_is_refused_at_load(kind, tmp_path, capsys):
     """M3, M5 and M7."""
     folder = make_model(kind, REFUSED[kind], tmp_path)
-    flags = [*UPDATES.split(), "--model", folder, "--attention", "eager", "--output-dir", tmp_path / "r"]
+    flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--attention", "eager", "--output-dir", tmp_path / "r"]
     assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
     assert not (tmp_path / "r").exists()
 
@@ -175,7 +175,7 @@ KNOWN = dict(
 def test_a_model_that_no_comparison_finds_wrong_is_refused_at_load(kind, tmp_path, capsys):
     """M5, and a rotary embedding that depends on the batch."""
     folder = make_model(kind, KNOWN[kind], tmp_path)
-    flags = [*UPDATES.split(), "--model", folder, "--output-dir", tmp_path / "r"]
+    flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--output-dir", tmp_path / "r"]
     assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
 
 
@@ -232,9 +232,9 @@ def test_responses_are_scored_and_written_as_they_stand_after_the_prompt(
     scored, functions_saw = [], tmp_path / "texts.txt"
     reward_model_ids = common.reward_model_ids
 
-    def watched_ids(tokenizer, prompt, response, max_length):
+    def watched_ids(tokenizer, prompt, response, max_length, messages):
         scored.append(prompt + response)
-        ids = reward_model_ids(tokenizer, prompt, response, max_length)
+        ids = reward_model_ids(tokenizer, prompt, response, max_length, messages)
         assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + response
         return ids
 
@@ -255,7 +255,7 @@ def reward(prompts, responses, **columns):
         # The load check decodes, too.
         with patch.object(common, "check_policy", lambda policy: None):
             assert run_here(script, *flags) == 0
-    assert set(scored) == {"The movie was great"} == set(functions_saw.read_text().split("|")) - {""}
+    assert set(scored) == {"The movie was great"} == set(functions_saw.read_text().split("|")) - {"", "The movie"}
     files = [tmp_path / "r" / "samples.jsonl"] + [tmp_path / "r" / "iteration-1.jsonl"] * (script == "spr")
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -321,7 +321,7 @@ def run_on_two_nodes(folder, script, flags) -> list[subprocess.CompletedProcess]
 def test_bad_input_of_the_second_node_is_told_there_and_the_first_ends(tmp_path):
     """M4: only the first node has the model."""
     shutil.copytree(EXAMPLE / "policy", tmp_path / "node-0" / "policy")
-    flags = [*UPDATES.split(), "--model", "policy", "--output-dir", tmp_path / "r"]
+    flags = [*UPDATES.split(), "--model", "policy", *EXAMPLE_DATA, "--output-dir", tmp_path / "r"]
     first, second = run_on_two_nodes(tmp_path, "remax.py", flags)
     assert first.returncode != 0 and second.returncode != 0
     told = [[line for line in node.stderr.splitlines() if "error: policy: " in line] for node in (first, second)]

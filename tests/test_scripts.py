@@ -316,7 +316,7 @@ def test_a_reward_model_is_trained_and_remax_uses_it(tmp_path):
 
 def load(path, tokenizer, max_prompt_length=64, max_length=128):
     columns = ("prompt", "chosen", "rejected")
-    return reward_model.load_pairs(str(path), "train", columns, tokenizer, max_prompt_length, max_length)
+    return reward_model.load_pairs(str(path), (None, "train"), columns, tokenizer, max_prompt_length, max_length)
 
 
 def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tokenizer, capsys):
