@@ -263,7 +263,8 @@ def main() -> None:
         return common.Reward(*scoring, whole, prompts[0])
 
     load_reward()  # a bad flag fails now, not after the first rollout
-    rewards = dict(reward=lambda responses: load_reward()(responses))  # the model is in memory for this call only
+    # A reward model is in memory for a call only; a function stays.
+    rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
