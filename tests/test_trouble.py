@@ -13,6 +13,7 @@ import ppo
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
 ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
+OWN["spr_token"] = [*OWN["spr"], "--value-epochs", "1"]
 
 
 def flags_of(script, folder, updates, *more):
@@ -25,7 +26,7 @@ def flags_of(script, folder, updates, *more):
 def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
     found = run(script, flags_of(script, tmp_path, 4), poisoned=((2, 3), "loss"))
     rows = read_metrics(tmp_path / "r")
-    steps = 2 if script == "ppo" else 1  # of the policy and of the value model
+    steps = dict(ppo=2, spr_token=4).get(script, 1)  # of the policy and of the value model
     assert found["status"] == 0 and [row["skipped_updates"] for row in rows] == [0, steps, 2 * steps, 2 * steps]
     assert [row["loss"] is None for row in rows] == [row["grad_norm"] is None for row in rows] == [0, 1, 1, 0]
     assert all(weights.isfinite().all() for weights in found["weights"].values())
@@ -101,7 +102,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
     assert (ppo.whiten(torch.full((2, 3), 7.0), torch.tensor([[1, 1, 0], [1, 1, 1]])) == 0).all()
 
 
-@pytest.mark.parametrize("script", ROLLOUTS)
+@pytest.mark.parametrize("script", [script for script in ROLLOUTS if script != "spr_token"])
 def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenizer, script):
     """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
     texts = [" the", " a", " movie", " plot"]
