@@ -217,8 +217,8 @@ OWN = dict(
     ppo="--total-episodes 40 --response-length 8 --num-epochs 2",
     spr="--total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
     spr_token="""
-        --total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 2
-        --beta 2 --value-epochs 1 --td-lambda 0.5 --gamma 0.9
+        --total-episodes 16 --response-length 8 --num-samples 1 --num-minibatches 1 --num-epochs 2
+        --beta 2 --value-epochs 2 --td-lambda 0.5 --gamma 0.9
     """,
     reward_model="--total-episodes 40",
 )

@@ -25,6 +25,7 @@ from workers.script_worker import run
 
 import common
 import reward_model
+import spr_token
 
 GOLD = ("--gold-reward-function", EXAMPLE / "sentiment.py:reward")
 LEARN = "--total-episodes 960 --batch-size 32 --learning-rate 5e-4 --eval-every 0 --response-length 32".split()
@@ -180,6 +181,10 @@ def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
         for t in range(3):  # the value of token t has seen what comes before it
             score = scorer(ids[:, : 3 + t], torch.ones(1, 3 + t, dtype=torch.long)) - value.model.config.reward_mean
             torch.testing.assert_close(values[:, t], score)
+        two = spr_token.TokenValues(value.model)(ids[:, :3], ones, ids[:, 3:])  # Q has seen token t, too
+        torch.testing.assert_close(two[:, 1], values)
+        torch.testing.assert_close(two[:, 0, :2], values[:, 1:])
+        torch.testing.assert_close(two[:, 0, 2], scorer(ids, torch.ones_like(ids)) - value.model.config.reward_mean)
         value = common.load_value_model(None, paths[1], sampling, backend)
         assert (value(ids[:, :3], ones, ids[:, 3:]) == 0).all()
 

@@ -13,7 +13,7 @@ import ppo
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
 ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
-OWN["spr_token"] = [*OWN["spr"], "--value-epochs", "1"]
+OWN["spr_token"] = "--num-epochs 1 --num-minibatches 1 --num-samples 1 --value-epochs 1".split()
 
 
 def flags_of(script, folder, updates, *more):
@@ -26,7 +26,7 @@ def flags_of(script, folder, updates, *more):
 def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
     found = run(script, flags_of(script, tmp_path, 4), poisoned=((2, 3), "loss"))
     rows = read_metrics(tmp_path / "r")
-    steps = dict(ppo=2, spr_token=4).get(script, 1)  # of the policy and of the value model
+    steps = dict(ppo=2, spr_token=2).get(script, 1)  # of the policy and of the value model
     assert found["status"] == 0 and [row["skipped_updates"] for row in rows] == [0, steps, 2 * steps, 2 * steps]
     assert [row["loss"] is None for row in rows] == [row["grad_norm"] is None for row in rows] == [0, 1, 1, 0]
     assert all(weights.isfinite().all() for weights in found["weights"].values())
