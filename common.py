@@ -100,8 +100,9 @@ class Responses:
         return Responses(prompts, texts, *(tensor[rows] for tensor in tensors))
 
     def rows(self, **columns) -> list[dict]:
-        """One dict per row, for people to read; `columns`: more lists of that length."""
-        columns = dict(prompt=[prompt.text for prompt in self.prompts], response=self.texts) | columns
+        """One dict per row, for people to read; `columns`: more numbers of each row, as tensors."""
+        texts = dict(prompt=[prompt.text for prompt in self.prompts], response=self.texts)
+        columns = texts | {name: x_B.tolist() for name, x_B in columns.items()}
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -454,16 +455,16 @@ def shows_traceback(spec) -> Iterator[None]:
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     responses = rollout(policy, deal_out(prompts), num_samples=0, greedy=True)
-    columns = {name: reward(responses).tolist() for name, reward in rewards.items()}
+    columns = {name: reward(responses) for name, reward in rewards.items()}
     logprobs_BT = forward_all(policy, responses, micro_batch_size)
     ref_logprobs_BT = forward_all(reference, responses, micro_batch_size)
-    columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1).tolist()
-    columns["response_length"] = responses.mask_BT.sum(1).tolist()
+    columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1)
+    columns["response_length"] = responses.mask_BT.sum(1)
     if prompts[0].demonstration:
         shown = rollout(policy, responses.prompts, num_samples=0, greedy=False, demonstrations=True)
         logprobs_BT = forward_all(policy, shown, micro_batch_size)
-        columns["loss"] = (-(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)).tolist()  # nats per token
-        columns |= {f"demonstration_{name}": reward(shown).tolist() for name, reward in rewards.items()}
+        columns["loss"] = -(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)  # nats per token
+        columns |= {f"demonstration_{name}": reward(shown) for name, reward in rewards.items()}
     return gather_rows(responses.rows(**columns))[: len(prompts)]
 
 
@@ -931,7 +932,7 @@ def as_table(values: dict) -> str:
 
 def model_card(script, args: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    metrics = {name: f"{value:.4g}" for name, value in metrics.items() if value is not None}
+    metrics = {name: f"{value:.4g}" for name, value in metrics.items()}
     args = {name: value for name, value in args.items() if value is not None}
     title = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
     code = f"In this folder:\n\n```python\n{usage.strip()}\n```\n"
@@ -953,8 +954,8 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     """What has gone wrong, from a run's rows of metrics -> {name: a sentence that names the flag to turn}."""
 
     def last_are(metric, low, high):
-        values = [row.get(metric) for row in rows[-3:]]
-        return len(values) == 3 and all(value is not None and low < value < high for value in values)
+        values = [row[metric] for row in rows[-3:] if metric in row]
+        return len(values) == 3 and all(low < value < high for value in values)
 
     found = {}
     if last_are("entropy", -1, 0.02):
@@ -965,12 +966,12 @@ def troubles(rows: list[dict]) -> dict[str, str]:
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
     if last_are("reward_std", -1, 1e-6):
         found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
-    evaluations = [row for row in rows if "eval_gold_reward" in row and "eval_reward" in row]
-    if len(evaluations) > 2 and evaluations[-1] is rows[-1]:
+    if {"eval_gold_reward", "eval_reward"} <= rows[-1].keys():
+        evaluations = [row for row in rows if "eval_gold_reward" in row]
         golds = [row["eval_gold_reward"] for row in evaluations]
         best = evaluations[golds.index(max(golds))]
         fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
-        if fell and rows[-1]["eval_reward"] > best["eval_reward"]:
+        if len(golds) > 2 and fell and rows[-1]["eval_reward"] > best["eval_reward"]:
             since = f"since update {best['update']} the gold reward has fallen while the reward rose"
             found["gold"] = f"{since}, the policy games it: train less, or hold the policy nearer to the initial one"
     return found
@@ -1016,7 +1017,8 @@ class Run:
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
             if self.args.get(name):
                 print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
-        self.rows = read_rows(self.folder / "metrics.jsonl")
+        rows = read_rows(self.folder / "metrics.jsonl")
+        self.rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
         self.warned = set()
         self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
         self.skipped = sum(engine.skipped_steps for engine in engines)
@@ -1035,7 +1037,7 @@ class Run:
                 file.write(json_lines([dict.fromkeys(metrics) | finite]))
             for name, value in metrics.items():
                 self.writer.add_scalar(curve(name), value, update)
-            self.rows.append(metrics)
+            self.rows.append(finite)
             names = ("reward", "gold_reward", "kl", "entropy") if "reward" in metrics else ("accuracy", "loss")
             self.show({name: metrics[name] for name in names if name in metrics})
             self.bar.update(update > 0)
@@ -1054,7 +1056,7 @@ class Run:
         """Numbers beside the progress bar."""
         self.bar.set_postfix({name: f"{number:.2f}" for name, number in numbers.items()}, refresh=False)
 
-    def log_samples(self, update, rows: list[dict], title="greedy responses to held-out prompts"):
+    def log_samples(self, update, rows: list[dict], title=None):
         """All rows of an evaluation to samples.jsonl, ten to TensorBoard, three to the console."""
         if not self.is_main:
             return
@@ -1065,6 +1067,10 @@ class Run:
             reward = f"[{row['reward']:6.2f}] " if "reward" in row else ""
             lines.append(f"    {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
         self.writer.add_text("samples", "\n".join(lines), update)
+        if not title:
+            rewards = [row["reward"] for row in rows if "reward" in row]
+            mean = f"mean reward {sum(rewards) / len(rewards):.2f} of " if rewards else ""
+            title = f"{mean}greedy responses to held-out prompts"
         tqdm.write("\n".join([f"\nAfter {update} updates: {title}, such as", *lines[:3]]))
 
     def write_rows(self, name, rows: list[dict], size):
@@ -1184,7 +1190,7 @@ def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    own = {name for name in ("model", "dataset") if getattr(args, name) != defaults[name]}
+    own = {name for name in ("model", "dataset") if getattr(args, name, None) != defaults.get(name)}
     forgotten = {"dataset", "eval_dataset", "reward_model"} & defaults.keys() if own else set()
     if getattr(args, "reward_function", None):
         forgotten.add("reward_model")

@@ -22,8 +22,7 @@ Eight GPUs:  deepspeed reinforce.py --model M --reward-model R --dataset D --eva
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 128 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. The rest is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
 import signal
@@ -119,7 +118,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; eager for models that have no sdpa."""
 
     # REINFORCE
     baseline: Literal["none", "leave-one-out"] = "none"

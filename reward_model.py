@@ -95,7 +95,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; eager for models that have no sdpa."""
 
     # Reward model
     chosen_column: str = "chosen"

@@ -22,8 +22,7 @@ Eight GPUs:  deepspeed spr.py --model M --reward-model R --dataset D --eval-data
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 1024 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. The rest is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
 import signal
@@ -115,7 +114,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; eager for models that have no sdpa."""
 
     # Successive policy re-weighting
     num_samples: NonNegativeInt = 8
@@ -217,8 +216,7 @@ def main() -> None:
 
     rewards = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        load_reward()  # a bad flag fails now, not after the first rollout
-        # A reward model is in memory for a call only; a function stays.
+        load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
         rewards["reward"] = load_reward() if args.reward_function else lambda responses: load_reward()(responses)
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
@@ -255,8 +253,7 @@ def main() -> None:
         rewards_XN = scores.get("reward", torch.zeros(B, device=backend.device)).view(X, N)
         weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_XN.flatten()
-        columns = {name: x_B.tolist() for name, x_B in (scores | dict(weight=weights_B)).items()}
-        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns), N)
+        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weight=weights_B), N)
         score_time = time.perf_counter()
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule

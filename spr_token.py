@@ -31,8 +31,7 @@ Eight GPUs:  deepspeed spr_token.py --model M --reward-model R --dataset D --eva
                  --max-prompt-length 512 --response-length 256 --dtype bfloat16 --micro-batch-size 8 \
                  --batch-size 1024 --zero-stage 2 --gradient-checkpointing
 
-Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks are over response tokens, up to and
-including the first EOS. The rest is in common.py.
+Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
 import signal
@@ -128,7 +127,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers; eager for models that have no sdpa."""
 
     # Successive policy re-weighting
     num_samples: PositiveInt = 8
@@ -262,8 +261,7 @@ def main() -> None:
     def load_reward():
         return common.Reward(*scoring, whole, prompts[0])
 
-    load_reward()  # a bad flag fails now, not after the first rollout
-    # A reward model is in memory for a call only; a function stays.
+    load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
     rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
@@ -322,9 +320,7 @@ def main() -> None:
             _, value_skipped = common.optimizer_step(value, value_learning_rate)
         values_B2T = common.forward_all(value, responses, args.micro_batch_size)
         weights_BT = token_weights(values_B2T, mask_BT, args.beta)
-        columns = {name: x_B.tolist() for name, x_B in scores.items()}
-        columns["weights"] = [weights_T[mask_T == 1].tolist() for weights_T, mask_T in zip(weights_BT, mask_BT)]
-        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**columns), N)
+        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weights=weights_BT), N)
         held_out = {}
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
     rows = [json.loads(line) for line in open(ROOT / "benchmark/results/first_run.jsonl", encoding="utf-8")]
     assert list(common.troubles(rows)) == ["gold"] and "since update 50" in common.troubles(rows)["gold"]
+    assert common.troubles([*rows[:-1], rows[-1] | dict(eval_reward=0.0)]) == {}  # the reward fell, too
     blind = [{name: value for name, value in row.items() if "gold" not in name} for row in rows]
     assert not any(
         common.troubles(blind[:end]) for end in range(1, len(blind) + 1)
@@ -280,6 +282,10 @@ def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, c
     flags = "--total-episodes 16 --batch-size 8 --eval-every 0 --eval-size 4".split()
     assert run_here("reward_model", *flags, "--output-dir", tmp_path / "r") == 0
     monkeypatch.chdir(tmp_path / "r" / "reward_model")
+    config = json.loads(Path("config.json").read_text())
+    Path("config.json").write_text(
+        json.dumps(config | dict(pad_token_id=config["eos_token_id"]))
+    )
     capsys.readouterr()
     exec(code_of((tmp_path / "r" / "reward_model" / "README.md").read_text()), {})
     reward = common.Reward(str(tmp_path / "r" / "reward_model"), None, 0.0, start_backend())

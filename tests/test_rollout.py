@@ -201,7 +201,7 @@ def test_rows_are_taken_by_slices_and_by_numbers(model):
         assert part.prompts == [responses.prompts[i] for i in numbers]
         for name in ("prompts_BP", "prompt_mask_BP", "tokens_BT", "mask_BT", "ended_B"):
             assert torch.equal(getattr(part, name), getattr(responses, name)[numbers])
-    rows = responses[:2].rows(reward=[0.5, 1.5])
+    rows = responses[:2].rows(reward=torch.tensor([0.5, 1.5]))
     assert rows[1] == dict(prompt="1", response=responses.texts[1], reward=1.5) and len(rows) == 2
 
 
