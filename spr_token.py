@@ -7,16 +7,16 @@ the weighted tokens by maximum likelihood:
     π_{k+1}  =  argmax over π of  Σ_i Σ_t exp((Q(s_t, y_t) − W(s_t)) / β) log π(y_t | s_t)
 
 so that π_{k+1} approaches π_k(y_t | s_t) exp((Q − W) / β), the best policy near π_k (Theorem 1; Algorithm 1 prints
-argmin by mistake). W(s) = β log E exp(Q(s, y) / β) over tokens y of π_k, so each state's weights have mean 1. V(s)
-being the expected reward, Q(s_t, y_t) = V(s_{t+1}), and the weights of a response multiply to
+argmin by mistake). W(s) = β log E exp(Q(s, y) / β) over tokens y of π_k (eq. 8), so a state's weights have mean 1: a
+natural policy gradient step. With V the expected reward, Q(s_t, y_t) = V(s_{t+1}), and a response's weights multiply to
 
     Π_t exp((Q(s_t, y_t) − W(s_t)) / β)  =  exp((r(x, y) − V(s_0)) / β) · exp(−Σ_t (W(s_t) − V(s_t)) / β)
 
 The second factor is absent from Algorithm 2 (spr.py): here a response pays for each state whose tokens differ in value.
 
-Lines 5 and 6 of Algorithm 1 are as printed. Line 4 is with --td-lambda 0, and line 7 with α = 1; but then an iteration
+Lines 5 and 6 of Algorithm 1 are as printed. So is line 4 with --td-lambda 0, line 7 with α = 1; but then an iteration
 carries the reward back by one token only, so by default Q is fitted to the reward itself, which has the same mean.
-Lines 8 to 10 keep old responses; here each iteration has its own, since eq. 13 wants responses of π_k.
+Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
 This script does without these parts of ReMax:
 - frozen models in memory: the reward model is read for the moment of scoring, the initial policy for an evaluation;
@@ -133,13 +133,13 @@ class Args:
     num_samples: PositiveInt = 8
     """Sampled responses per prompt; an update samples --batch-size times this."""
     beta: PositiveFloat = 1.0
-    """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
+    """Temperature of the weights, in reward units; towards 0 only the best counts."""
     num_epochs: PositiveInt = 2
     """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 4
     """Optimizer steps per pass; each takes an equal share of the prompts."""
     value_epochs: PositiveInt = 2
-    """Passes of the value model over the responses of an update; its optimizer steps take fewer rows."""
+    """Passes of the value model over an update's responses, each in --num-samples times as many steps as a policy's."""
     value_learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of the value model; about 1e-5 for models of billions of parameters."""
     td_lambda: Fraction = 1.0
@@ -241,8 +241,6 @@ def main() -> None:
     shares = backend.world_size * args.num_minibatches
     minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     X = minibatch_size * args.num_minibatches  # prompts on this rank
-    N = args.num_samples  # responses per prompt
-    B = X * N  # rows on this rank
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -253,6 +251,8 @@ def main() -> None:
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
+    N = args.num_samples  # responses per prompt
+    B = X * N  # rows on this rank
 
     # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards

@@ -94,7 +94,7 @@ def test_a_reader_soon_knows_all_about_one_script():
         ("remax", "reinforce", 60),
         ("remax", "ppo", 170),
         ("remax", "spr", 218),
-        ("spr", "spr_token", 240),
+        ("spr", "spr_token", 235),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):
