@@ -15,7 +15,7 @@ natural policy gradient step. With V the expected reward, Q(s_t, y_t) = V(s_{t+1
 The second factor is absent from Algorithm 2 (spr.py): here a response pays for each state whose tokens differ in value.
 
 Lines 5 and 6 of Algorithm 1 are as printed. So is line 4 with --td-lambda 0, line 7 with α = 1; but then an iteration
-carries the reward back by one token only, so by default Q is fitted to the reward itself, which has the same mean.
+carries the reward back by one token only, so by default Q is fitted to the reward itself, whose mean it is.
 Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
 This script does without these parts of ReMax:
