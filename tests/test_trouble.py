@@ -11,6 +11,7 @@ import common
 import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
+MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two engines like ppo.py: to save time
 ROLLOUTS = [script for script in SCRIPTS if script != "reward_model"]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
 OWN["spr_token"] = "--num-epochs 1 --num-minibatches 1 --num-samples 1 --value-epochs 1".split()
@@ -32,7 +33,7 @@ def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script
     assert all(weights.isfinite().all() for weights in found["weights"].values())
 
 
-@pytest.mark.parametrize("script, how", [*((script, "loss") for script in SCRIPTS), ("remax", "gradient")])
+@pytest.mark.parametrize("script, how", [*((script, "loss") for script in MOST), ("remax", "gradient")])
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
     found = run(script, flags_of(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
@@ -54,7 +55,7 @@ def test_nine_bad_updates_in_a_row_do_not(tmp_path):
     assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 18
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOST)
 @pytest.mark.parametrize("dtype, zero_stage", [("float32", 3), ("bfloat16", 2)])
 def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
     flags = [*flags_of(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]
