@@ -331,11 +331,10 @@ def forward(module, responses: Responses):
 
 @torch.no_grad()
 def forward_all(module, responses: Responses, micro_batch_size):
-    """`forward` of all rows, without gradients, by micro-batches -> (B, T)."""
-    outputs_BT = torch.empty_like(responses.tokens_BT, dtype=torch.float32)
-    for rows, _ in micro_batches(responses.mask_BT.sum(1), micro_batch_size):
-        outputs_BT[rows] = forward(module, responses[rows])
-    return outputs_BT
+    """`forward` of all rows, without gradients, by micro-batches -> outputs_BT, or (B, heads, T)."""
+    batches = [rows for rows, _ in micro_batches(responses.mask_BT.sum(1), micro_batch_size)]
+    outputs_BT = torch.cat([forward(module, responses[rows]) for rows in batches])
+    return outputs_BT[torch.tensor(sum(batches, [])).argsort()]  # in the order of the rows
 
 
 def micro_batches(lengths_B, size):

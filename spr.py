@@ -120,7 +120,7 @@ class Args:
     num_samples: NonNegativeInt = 8
     """Sampled responses per prompt; an update samples --batch-size times this."""
     beta: PositiveFloat = 1.0
-    """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
+    """Temperature of the weights, in reward units; towards 0 only the best counts."""
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
     """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or equal ones."""
     num_epochs: PositiveInt = 2
