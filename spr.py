@@ -120,7 +120,7 @@ class Args:
     num_samples: NonNegativeInt = 8
     """Sampled responses per prompt; an update samples --batch-size times this."""
     beta: PositiveFloat = 1.0
-    """Temperature of the weights exp((r − W) / β), in reward units; towards 0 only the best response counts."""
+    """Temperature of the weights, in reward units; towards 0 only the best counts."""
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
     """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or equal ones."""
     num_epochs: PositiveInt = 2
@@ -172,7 +172,7 @@ def read_demonstrations(prompts, column, tokenizer, max_length):
     """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
     for prompt in prompts:
         text = common.read_response(prompt.columns, column, prompt.where)
-        prompt.demonstration = [*common.encode_response(tokenizer, text), tokenizer.eos_token_id]
+        prompt.demonstration = common.encode_response(tokenizer, text)
     lengths = [len(prompt.demonstration) for prompt in prompts]
     common.report_lengths(lengths, max_length, "--response-length", "demonstrations", "are dropped")
     kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end

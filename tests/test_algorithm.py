@@ -16,6 +16,7 @@ import reinforce
 import remax
 import reward_model
 import spr
+import spr_token
 
 # ---------------------------------------------------------------- A language small enough to enumerate
 
@@ -235,8 +236,9 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         lambda logprobs, advantages, mask: ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),
+        lambda logprobs, advantages, mask: spr_token.value_loss(two_heads(logprobs), advantages, mask, 0.7, 3),
     ],
-    ids="remax reinforce ppo values spr".split(),
+    ids="remax reinforce ppo values spr token-values".split(),
 )
 def test_masked_entries_of_no_input_of_a_loss_matter(loss):
     _, _, logprobs, advantages, mask = batch()
@@ -248,6 +250,10 @@ def test_masked_entries_of_no_input_of_a_loss_matter(loss):
         results.append((value, *torch.autograd.grad(value, inputs)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert (results[1][1][mask == 0] == 0).all()
+
+
+def two_heads(x_BT):
+    return torch.stack([x_BT, 0.5 * x_BT], 1)
 
 
 def test_types_follow_the_first_argument():
@@ -451,6 +457,146 @@ def test_exact_updates_follow_theorem_1_and_never_lose_expected_reward():
         (gradient,) = torch.autograd.grad(spr.weighted_nll(policy.logprobs(3.0), weights_S, MASK_ST, 1), policy.logits)
         assert gradient.abs().max() < 1e-12
     assert all(b > a for a, b in itertools.pairwise(rewards_before)) and rewards_before[-1] > rewards_before[0] + 0.5
+
+
+# ---------------------------------------------------------------- spr_token.py
+
+
+def exact_values(policy, rewards_S, beta, soft=False):
+    """-> (Q_ST, W_ST, V_ST) of the state before each token; `soft`: Q(s, y) is W of the next state, in place of V."""
+    probabilities_CW = policy.logits.detach().softmax(-1)
+
+    def state(context):
+        """-> (V, W, Q of each word)"""
+        values = []
+        for word in range(VOCABULARY):
+            after = (*context, word)
+            V, W, _ = (rewards_S[SENTENCES.index(after)],) * 2 + (None,) if after in SENTENCES else state(after)
+            values.append(W if soft else V)
+        probabilities, values = probabilities_CW[policy.contexts.index(context)], torch.stack(values)
+        W = beta * (probabilities * (values / beta).exp()).sum().log()  # eq. 8
+        return (probabilities * values).sum(), W, values
+
+    parts = torch.full((3, *MASK_ST.shape), 50.0, dtype=torch.float64)  # masked entries may hold anything
+    for i, t in MASK_ST.nonzero().tolist():
+        V, W, values = state(SENTENCES[i][:t])
+        parts[:, i, t] = torch.stack([values[SENTENCES[i][t]], W, V])
+    return parts
+
+
+def test_with_exact_values_the_update_is_the_closed_form_and_not_that_of_algorithm_2():
+    policy, beta, rewards_S = Language(0), 0.7, draw(len(SENTENCES), seed=6)
+    old_ST = policy.logprobs(3.0).detach()
+    Q_ST, W_ST, V_ST = exact_values(policy, rewards_S, beta)
+    weights_ST = spr_token.token_weights(torch.stack([Q_ST, W_ST], 1), MASK_ST, beta)
+    assert weights_ST.dtype == torch.float64 and (weights_ST[~MASK_ST] == 0).all()
+
+    # Over the tokens of a state they have mean 1, so over those of π_k, too.
+    logits = policy.logits.data.log_softmax(-1)
+    for context in policy.contexts:
+        row = policy.contexts.index(context)
+        firsts = [next(i for i, s in enumerate(SENTENCES) if s[: len(context) + 1] == (*context, w)) for w in range(3)]
+        weights_W = weights_ST[firsts, len(context)]
+        assert (logits[row].exp() * weights_W).sum().item() == pytest.approx(1)
+        policy.logits.data[row] = logits[row] + weights_W.log()  # Theorem 1
+    probabilities_S1 = probabilities(old_ST)[:, None]
+    loss = spr_token.weighted_nll(policy.logprobs(3.0), probabilities_S1 * weights_ST, MASK_ST, 1)
+    (gradient,) = torch.autograd.grad(loss, policy.logits)
+    assert gradient.abs().max() < 1e-12
+
+    # What it is of whole responses, and that it is not what spr.py does.
+    products_S = weights_ST.where(MASK_ST, 1).prod(1)
+    detours_S = ((W_ST - V_ST) * MASK_ST).sum(1)
+    torch.testing.assert_close(products_S, ((rewards_S - V_ST[0, 0] - detours_S) / beta).exp())
+    torch.testing.assert_close(probabilities(policy.logprobs(3.0)).detach(), probabilities_S1[:, 0] * products_S)
+    reference = beta * (probabilities_S1[:, 0] * (rewards_S / beta).exp()).sum().log()
+    whole_S = spr.sample_weights(rewards_S[None], reference[None], beta)[0]
+    assert (products_S - whole_S).abs().max() > 0.05
+    Q_ST, W_ST, _ = exact_values(Language(0), rewards_S, beta, soft=True)
+    soft_ST = spr_token.token_weights(torch.stack([Q_ST, W_ST], 1), MASK_ST, beta)
+    torch.testing.assert_close(soft_ST.where(MASK_ST, 1).prod(1), whole_S)
+
+
+def test_the_linex_loss_is_least_at_the_log_mean_exp():
+    values_BN = 2 * draw(4, 6, seed=8)
+    for beta in (0.5, 1.0, 20.0):
+        reference_B = (beta * ((values_BN / beta).logsumexp(1) - math.log(6))).requires_grad_()  # eq. 8's mean
+        loss = spr_token.linex_loss(values_BN, reference_B, beta)
+        z_BN = (values_BN - reference_B[:, None]) / beta
+        assert z_BN.max() < 5
+        torch.testing.assert_close(loss, (z_BN.exp() - z_BN - 1).mean())
+        (gradient_B,) = torch.autograd.grad(loss, reference_B)
+        assert gradient_B.abs().max() < 1e-12
+        for sign in (-1, 1):
+            assert spr_token.linex_loss(values_BN, reference_B + 0.01 * sign, beta) > loss
+
+
+def test_far_from_its_minimum_the_linex_loss_is_finite_and_points_to_it():
+    values_B1 = torch.tensor([[5.0], [5.001], [1e4], [-1e4]], requires_grad=True)
+    reference_B = torch.zeros(4, requires_grad=True)
+    loss = spr_token.linex_loss(values_B1, reference_B, 1.0)
+    (gradient_B,) = torch.autograd.grad(loss, reference_B)
+    expected = [(1 - math.exp(5)) / 4] * 3 + [0.25]  # the tangent has the slope of z = 5
+    assert gradient_B.tolist() == pytest.approx(expected) and loss.isfinite()
+    assert not spr_token.linex_loss(values_B1, reference_B.detach(), 1.0).requires_grad
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.float32])
+def test_lambda_returns_match_a_slow_reference(td_lambda, gamma, mask_type):
+    rewards, _, values, noise, mask = batch()
+    expected = torch.zeros_like(values)
+    for i in range(len(rewards)):
+        length = int(mask[i].sum())
+        for t in range(length):
+            # Σ_n (1 − λ) λ^(n−1) · n-step return; the last of them is the whole sampled return.
+            for n in range(1, length - t + 1):
+                last = n == length - t
+                ahead = gamma ** (n - 1) * rewards[i] if last else gamma**n * values[i, t + n]
+                expected[i, t] += td_lambda ** (n - 1) * (1 if last else 1 - td_lambda) * ahead
+    values.requires_grad_()
+    hidden = values + 1e4 * noise * (1 - mask)
+    found = spr_token.lambda_returns(rewards, hidden, mask.to(mask_type), gamma, td_lambda)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad and (found[mask == 0] == 0).all()
+    if td_lambda == 0:
+        assert torch.equal(found, spr_token.value_targets(rewards, values, mask, gamma))
+
+
+def test_the_value_loss_matches_a_slow_reference_and_adds_up():
+    rewards, _, values, reference, mask = batch()
+    targets, beta, expected = rewards[:, None] * mask, 0.7, 0.0
+    for i, t in mask.nonzero().tolist():
+        z = (values[i, t] - reference[i, t]).item() / beta
+        exponential = math.exp(z) if z < 5 else math.exp(5) * (z - 4)
+        linex = 2 * beta**2 * (exponential - z - 1)
+        expected += ((values[i, t] - targets[i, t]).item() ** 2 + linex) / 9
+    heads = torch.stack([values, reference], 1).requires_grad_()
+    whole = spr_token.value_loss(heads, targets, mask, beta, 9)
+    assert whole.item() == pytest.approx(expected, rel=1e-5)
+    parts = [spr_token.value_loss(heads[i : i + 2], targets[i : i + 2], mask[i : i + 2], beta, 9) for i in (0, 2, 4)]
+    assert sum(parts).item() == pytest.approx(expected, rel=1e-5)
+    # W learns from Q, but Q from its target alone.
+    (gradient,) = torch.autograd.grad(whole, heads)
+    torch.testing.assert_close(gradient[:, 0], 2 * (values - targets) * mask / 9)
+    assert (gradient[:, 1] * mask != 0).sum() == mask.sum()
+    near = torch.stack([values, values - 1e-2], 1).double()  # near each other, the Linex loss is a square
+    square = 1e-4 * mask.sum().item()
+    assert spr_token.value_loss(near, values, mask, 3.0, 1).item() == pytest.approx(square, rel=1e-2)
+
+
+def test_explained_shares_are_those_of_the_tokens_at_each_quarter():
+    start_backend()
+    mask = (torch.arange(8) < torch.tensor([[8], [5], [1]])).long()
+    rewards = torch.tensor([1.0, 2.0, 6.0])  # of variance 14/3
+    values = rewards[:, None] - torch.arange(8.0)  # the error at token t is t
+    found = spr_token.explained_shares(values, rewards, mask)
+    tokens = dict(explained_25=(1, 0, 0), explained_50=(3, 1, 0), explained_75=(5, 2, 0), explained_100=(7, 4, 0))
+    assert found.keys() == tokens.keys()
+    for name in tokens:
+        assert found[name].tolist() == pytest.approx([1 - t**2 / (14 / 3) for t in tokens[name]])
+    assert spr_token.explained_shares(values, torch.ones(3), mask)["explained_25"].shape == (3,)  # no spread: no error
 
 
 # ---------------------------------------------------------------- reward_model.py

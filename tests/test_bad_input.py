@@ -113,6 +113,12 @@ WRONG_FLAGS = {  # script: flags | what is said
         --response-length 65 | is more than the 128 positions of
         --reward-model nowhere | no folder nowhere here
         --reward-function nowhere.py:reward | no such reward function""",
+    "spr_token": """
+        --num-samples 0 | is not a whole number above 0
+        --num-minibatches 5 | (times --num-minibatches)
+        --td-lambda 2 | is not a number from 0 to 1
+        --weighting uniform | weighting
+        --response-length 65 | is more than the 128 positions of""",
     "reward_model": """
         --chosen-column best | no column 'best'; there are:
         --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
@@ -277,6 +283,7 @@ REFUSED_PAIRS += "empty_prompts prompt_200k_chars special_tokens_in_text gsm8k_o
 def test_runs_on_the_broken_files_of_the_development_data(tmp_path, capsys, script):
     pairs, tried = script in PAIRS, 0
     own = dict(reward_model=[], dpo=[], spr="--response-length 4 --num-minibatches 1 --num-samples 2".split())
+    own["spr_token"] = own["spr"]
     for path in sorted((SHARED / "data" / "bad").glob("*.jsonl")):
         flags = ["--dataset", path, "--total-episodes", 4, "--batch-size", 2, "--eval-every", 0, "--eval-size", 1]
         flags += ["--max-prompt-length", 8, *own.get(script, ["--response-length", 4])]

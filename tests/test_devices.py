@@ -158,6 +158,7 @@ OWN_FLAGS = dict(
     reinforce="--baseline leave-one-out --num-samples 2",
     ppo="--num-epochs 2 --num-minibatches 2 --gradient-checkpointing",
     spr="--num-samples 2 --num-minibatches 2",
+    spr_token="--num-samples 2 --num-minibatches 1 --num-epochs 1 --value-epochs 1",
     reward_model="",
     dpo=f"--gold-reward-function {EXAMPLE / 'sentiment.py:reward'}",
 )

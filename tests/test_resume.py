@@ -36,7 +36,7 @@ FLAGS = "--total-episodes 48 --batch-size 8 --eval-size 7 --eval-every 2 --save-
 
 
 def flags_of(script):
-    own = ["--num-samples", "3"] if script == "spr" else []
+    own = dict(spr=["--num-samples", "3"], spr_token="--num-samples 2 --value-epochs 1".split()).get(script, [])
     return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *own]
 
 
@@ -122,7 +122,17 @@ def test_remax_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "remax", "in a file", ranks=2, zero_stage=2, more=["--num-samples", "2"])
 
 
-@pytest.mark.parametrize("script, how", zip(SCRIPTS[1:], [*POINTS, "before latest"], strict=True))
+OTHERS = dict(
+    reinforce="in a file",
+    ppo="before latest",
+    spr="in an update",
+    spr_token="in an update",
+    reward_model="after latest",
+    dpo="before latest",
+)
+
+
+@pytest.mark.parametrize("script, how", OTHERS.items())
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
@@ -182,7 +192,7 @@ def growth(folder, script, updates, *flags) -> list[dict]:
     """-> what the process held after each update."""
     flags = [*flags, "--total-episodes", 4 * updates, "--batch-size", "4", "--eval-size", "4"]
     flags += [] if script in PAIRS else ["--response-length", "8"]
-    flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split() if script == "spr" else []
+    flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split() if script in ("spr", "spr_token") else []
     with started(measured, folder / "m.jsonl", f"{script}.py", [*flags, "--output-dir", folder / "r"]) as processes:
         assert wait(processes, 900) == 0, output_of(processes)
     return {row["update"]: row for row in map(json.loads, (folder / "m.jsonl").read_text().splitlines())}

@@ -252,9 +252,13 @@ def test_texts_are_decoded_whole_where_the_tokenizer_knows_no_letters(unknown):
 
 def test_demonstrations_are_encoded_as_they_stand_after_a_prompt(tokenizer):
     words = words_tokenizer()
-    assert common.encode_response(words, " was great.") == [5, 6, 8]
+    assert common.encode_response(words, " was great.") == [5, 6, 8, words.eos_token_id]
     for text in (" was a treat.", "was a treat.", "\nNo.", ""):
-        assert common.encode_response(tokenizer, text) == tokenizer(text)["input_ids"]
+        for end in ("", tokenizer.eos_token):  # some data have it
+            assert common.encode_response(tokenizer, text + end) == tokenizer(text)["input_ids"] + [0]
+    words.eos_token = None
+    with pytest.raises(SystemExit):
+        common.encode_response(words, " was great.")
 
 
 # ---------------------------------------------------------------- Log-probabilities

@@ -26,6 +26,7 @@ from workers.script_worker import run
 import common
 import dpo
 import reward_model
+import spr_token
 
 GOLD = ("--gold-reward-function", EXAMPLE / "sentiment.py:reward")
 LEARN = "--total-episodes 960 --batch-size 32 --learning-rate 5e-4 --eval-every 0 --response-length 32".split()
@@ -181,6 +182,10 @@ def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
         for t in range(3):  # the value of token t has seen what comes before it
             score = scorer(ids[:, : 3 + t], torch.ones(1, 3 + t, dtype=torch.long)) - value.model.config.reward_mean
             torch.testing.assert_close(values[:, t], score)
+        two = spr_token.TokenValues(value.model)(ids[:, :3], ones, ids[:, 3:])  # Q has seen token t, too
+        torch.testing.assert_close(two[:, 1], values)
+        torch.testing.assert_close(two[:, 0, :2], values[:, 1:])
+        torch.testing.assert_close(two[:, 0, 2], scorer(ids, torch.ones_like(ids)) - value.model.config.reward_mean)
         value = common.load_value_model(None, paths[1], sampling, backend)
         assert (value(ids[:, :3], ones, ids[:, 3:]) == 0).all()
 
@@ -263,9 +268,17 @@ def test_each_iteration_is_a_fit_of_its_own(tmp_path, zero_stage, dtype):
     assert [row["learning_rate"] for row in read_metrics(tmp_path / "r")] == 3 * [pytest.approx(1e-3)]
 
 
-@pytest.mark.parametrize("flags", ["--zero-stage 0", "--zero-stage 2 --offload", "--zero-stage 3"])
-def test_the_reward_model_and_the_initial_policy_are_forgotten(tmp_path, monkeypatch, flags):
-    """While the policy is trained they are not in memory: neither those of this iteration nor earlier ones."""
+@pytest.mark.parametrize(
+    "script, flags, steps",
+    [
+        ("spr", "--zero-stage 0", 2),
+        ("spr", "--zero-stage 2 --offload", 2),
+        ("spr", "--zero-stage 3", 2),
+        ("spr_token", "--zero-stage 0 --value-epochs 1", 2 * 4 + 2),  # of the value model and of the policy
+    ],
+)
+def test_the_reward_model_and_the_initial_policy_are_forgotten(tmp_path, monkeypatch, script, flags, steps):
+    """While models are trained they are not in memory: neither those of this iteration nor earlier ones."""
     frozen, freeze, backward, checks = [], common.freeze, common.backward, 0
 
     def watched_freeze(module, backend):
@@ -283,15 +296,16 @@ def test_the_reward_model_and_the_initial_policy_are_forgotten(tmp_path, monkeyp
     gc.disable()  # it must not be left to chance
     try:
         flags = [*flags.split(), "--total-episodes", 24, "--eval-every", 1, "--output-dir", tmp_path / "r"]
-        assert run_here("spr", *SPR, *flags) == 0
+        assert run_here(script, *SPR, *flags) == 0
     finally:
         gc.enable()
-    assert len(frozen) > 6 and checks == 6
+    assert len(frozen) > 6 and checks == 3 * steps
 
 
-def test_the_last_position_of_the_model_can_be_used(tmp_path):
+@pytest.mark.parametrize("script", ["spr", "spr_token"])
+def test_the_last_position_of_the_model_can_be_used(tmp_path, script):
     flags = "--max-prompt-length 64 --response-length 64 --total-episodes 4 --batch-size 4 --num-samples 1".split()
-    assert run_here("spr", *SPR, *flags, "--output-dir", tmp_path / "r") == 0
+    assert run_here(script, *SPR, *flags, "--output-dir", tmp_path / "r") == 0
 
 
 # ---------------------------------------------------------------- reward_model.py

@@ -11,8 +11,10 @@ import common
 import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
+MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two engines like ppo.py: to save time
 ROLLOUTS = [script for script in SCRIPTS if script not in PAIRS]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
+OWN["spr_token"] = "--num-epochs 1 --num-minibatches 1 --num-samples 1 --value-epochs 1".split()
 
 
 def flags_of(script, folder, updates, *more):
@@ -25,13 +27,13 @@ def flags_of(script, folder, updates, *more):
 def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
     found = run(script, flags_of(script, tmp_path, 4), poisoned=((2, 3), "loss"))
     rows = read_metrics(tmp_path / "r")
-    steps = 2 if script == "ppo" else 1  # of the policy and of the value model
+    steps = dict(ppo=2, spr_token=2).get(script, 1)  # of the policy and of the value model
     assert found["status"] == 0 and [row["skipped_updates"] for row in rows] == [0, steps, 2 * steps, 2 * steps]
     assert [row["loss"] is None for row in rows] == [row["grad_norm"] is None for row in rows] == [0, 1, 1, 0]
     assert all(weights.isfinite().all() for weights in found["weights"].values())
 
 
-@pytest.mark.parametrize("script, how", [*((script, "loss") for script in SCRIPTS), ("remax", "gradient")])
+@pytest.mark.parametrize("script, how", [*((script, "loss") for script in MOST), ("remax", "gradient")])
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
     found = run(script, flags_of(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
@@ -53,7 +55,7 @@ def test_nine_bad_updates_in_a_row_do_not(tmp_path):
     assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 18
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOST)
 @pytest.mark.parametrize("dtype, zero_stage", [("float32", 3), ("bfloat16", 2)])
 def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
     flags = [*flags_of(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]
@@ -101,7 +103,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
     assert (ppo.whiten(torch.full((2, 3), 7.0), torch.tensor([[1, 1, 0], [1, 1, 1]])) == 0).all()
 
 
-@pytest.mark.parametrize("script", ROLLOUTS)
+@pytest.mark.parametrize("script", [script for script in ROLLOUTS if script != "spr_token"])
 def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenizer, script):
     """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
     texts = [" the", " a", " movie", " plot"]

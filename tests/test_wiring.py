@@ -485,6 +485,120 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
     assert_agree(recorded, metrics, second.samples, second.policy.state_dict())
 
 
+def test_spr_token(tmp_path, data):
+    epochs, value_epochs, minibatches, num_samples, beta, lam, max_grad_norm, updates = 2, 2, 2, 2, 0.7, 0.6, 8, 2
+    flags = f"--num-epochs {epochs} --num-minibatches {minibatches} --num-samples {num_samples} --beta {beta}".split()
+    flags += f"--td-lambda {lam} --gamma {GAMMA} --total-episodes {updates * BATCH}".split()
+    flags += f"--value-epochs {value_epochs} --value-learning-rate {VALUE_RATE} --max-grad-norm {max_grad_norm}".split()
+    flags += ["--reward-model", EXAMPLE / "reward_model", "--eval-dataset", EXAMPLE / "prompts_test.jsonl"]
+    recorded = record("spr_token", [*ROLLOUT_FLAGS, *flags, *data[1]], tmp_path / "r")
+    second = Second(recorded, data[0])
+    value = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "reward_model", num_labels=1)
+    value.other_head = torch.nn.Linear(value.score.in_features, 1, bias=False)
+    value.other_head.weight.data = value.score.weight.data.clone()
+    permutations = iter(recorded.permutations)
+
+    def values_of(row):
+        """-> (Q after each token, W before each token)"""
+        hidden = value.base_model(torch.tensor([row.prompt + row.response])).last_hidden_state[0, len(row.prompt) - 1 :]
+        heads = (value.score(hidden[1:]), value.other_head(hidden[:-1]))
+        return [head[:, 0] - value.config.reward_mean for head in heads]
+
+    def parts_of(size):
+        """The next pass over the data."""
+        order = next(permutations)
+        assert sorted(order) == list(range(size))
+        step = BATCH // minibatches
+        return [order[i : i + step] for i in range(0, size, step)]
+
+    value_norms, metrics = [], [second.evaluated({}, 0, updates)]
+    for update in range(1, updates + 1):
+        rows = []
+        for prompt, responses, greedy in second.batch():
+            assert len(responses) == num_samples and greedy is None
+            rows += [second.row(prompt, response) for response in responses]
+        returns = []
+        for row in rows:
+            with torch.no_grad():
+                ahead = values_of(row)[0].tolist()
+            found = [row.reward]
+            for q in reversed(ahead[1:]):
+                found.insert(0, GAMMA * ((1 - lam) * q + lam * found[0]))
+            returns.append(torch.tensor(found))
+
+        value_parts = [part for _ in range(value_epochs) for part in parts_of(len(rows))]
+        policy_parts = [part for _ in range(epochs) for part in parts_of(BATCH)]
+        optimizer, value_losses = adamw(value, VALUE_RATE), []
+        for step, part in enumerate(value_parts):
+            loss, tokens = 0.0, sum(len(rows[i].response) for i in part)
+            for i in part:
+                q, w = values_of(rows[i])
+                z = (q.detach() - w) / beta
+                exponential = torch.where(z > 5, math.exp(5) * (z - 4), z.exp())
+                loss += ((q - returns[i]) ** 2 + 2 * beta**2 * (exponential - z - 1)).sum() / tokens
+            loss.backward()
+            value_losses.append(loss.item())
+            half = len(value_parts) // 2  # the warm-up
+            rate = min((step + 1) / half, 1 - max(0, step - half) / half)
+            value_norms.append(clipped_step(value, optimizer, VALUE_RATE * rate, max_grad_norm))
+
+        def weights_of(row):
+            with torch.no_grad():
+                q, w = values_of(row)
+            return [math.exp((a - b) / beta) for a, b in zip(q.tolist(), w.tolist())]
+
+        weights = [weights_of(row) for row in rows]
+        found = dict(
+            reward=mean(row.reward for row in rows),
+            gold_reward=mean(row.gold_reward for row in rows),
+            best_reward=mean(max(a.reward, b.reward) for a, b in zip(rows[::2], rows[1::2])),
+            reward_std=statistics.pstdev(row.reward for row in rows),
+            response_length=mean(len(row.response) for row in rows),
+            truncated_fraction=mean(row.response[-1] != 0 for row in rows),
+            value_loss=mean(value_losses),
+            weight_ess=mean(sum(ws) ** 2 / sum(w**2 for w in ws) / len(ws) for ws in weights),
+            weight_max=max(w for ws in weights for w in ws),
+        )
+        new = []
+        for prompt, responses, _ in second.take(EVAL):
+            assert second.texts[tuple(prompt)] == second.held_out[len(new)] and len(responses) == 1
+            new.append(second.row(prompt, responses[0]))
+        found["held_out_weight"] = mean(w for row in new for w in weights_of(row))
+        with torch.no_grad():
+            values = [values_of(row)[0].tolist() for row in new]
+        variance = statistics.pvariance([row.reward for row in new])
+        for percent in (25, 50, 75, 100):
+            last = [q[max(0, math.floor(len(q) * percent / 100) - 1)] for q in values]
+            error = mean((row.reward - q) ** 2 for row, q in zip(new, last))
+            found[f"explained_{percent}"] = 1 - error / variance
+
+        optimizer, losses, norms = adamw(second.policy, RATE), [], []
+        for part, rate in zip(policy_parts, RATES, strict=True):
+            loss = 0.0
+            for i in (num_samples * prompt + n for prompt in part for n in range(num_samples)):
+                logprobs = second.logprobs(second.policy, rows[i].prompt, rows[i].response)
+                loss -= (torch.tensor(weights[i]) * logprobs).sum() / num_samples / len(part)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(clipped_step(second.policy, optimizer, RATE * rate, max_grad_norm))
+        found |= dict(loss=mean(losses), grad_norm=mean(norms), learning_rate=RATE * RATES[-1])
+        metrics.append(second.evaluated(found, update, updates))
+        written = rows_of(recorded.folder / f"iteration-{update}.jsonl")
+        for line, row, ws in zip(written, rows, weights, strict=True):
+            found_weights = line.pop("weights")
+            assert found_weights[: len(ws)] == pytest.approx(ws, rel=1e-3) and not any(found_weights[len(ws) :])
+            expected = dict(prompt=second.texts[tuple(row.prompt)], response=second.text(row.response))
+            assert line == pytest.approx(expected | dict(reward=row.reward, gold_reward=row.gold_reward), rel=1e-3)
+    assert len(second.rollouts) == 1 and not list(permutations)
+    assert_telling(metrics, max_grad_norm, ["truncated_fraction"])
+    assert max(value_norms) > 1.2 * max_grad_norm
+    assert_agree(recorded, metrics, second.samples, second.policy.state_dict())
+    trained = dict(recorded.engines[1].module.model.named_parameters())
+    trained["other_head.weight"] = recorded.engines[1].module.reference_head.weight
+    assert (trained["other_head.weight"] - trained["score.weight"]).abs().max() > VALUE_RATE
+    assert_equal_weights(trained, value.state_dict(), VALUE_RATE)
+
+
 def test_reward_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
     pairs = rows_of(EXAMPLE / "preferences.jsonl")
