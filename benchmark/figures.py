@@ -130,10 +130,13 @@ def guess_and_check():
     titles = dict(reward="success of sampled responses", response_length="their tokens")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for method, (label, num_samples, colour) in RULE_METHODS.items():
-            x = [num_samples * episodes for episodes in runs[method][0]["episodes"][:-1]]  # before each update
-            values = list(zip(*(curve[name][1:] for curve in runs[method]), strict=True))  # of each seed
-            style = ".-" if len(x) < 10 else "-"
-            axis.plot(x, list(map(statistics.fmean, values)), style, color=colour, label=label, linewidth=1)
+            episodes = runs[method][0]["episodes"][:-1]  # before each update
+            size = 5 if len(episodes) > 10 else 1  # updates to a point
+            starts = range(0, len(episodes), size)
+            x = [num_samples * statistics.fmean(episodes[i : i + size]) for i in starts]
+            curves = [[statistics.fmean(curve[name][1:][i : i + size]) for i in starts] for curve in runs[method]]
+            values = list(zip(*curves, strict=True))  # of each seed
+            axis.plot(x, list(map(statistics.fmean, values)), ".-", color=colour, label=label, linewidth=1)
             axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
         axis.set_title(f"{title}, mean and range over seeds", fontsize=9)
         axis.set_xlabel("sampled responses so far", fontsize=8)

@@ -6,7 +6,7 @@ import runpy
 import shlex
 
 import pytest
-from conftest import ROOT, read_metrics, run_here, start_backend
+from conftest import ROOT, assert_ok, read_metrics, run_here, run_script, start_backend
 
 import common
 
@@ -113,3 +113,14 @@ def test_the_page_s_table_and_commands_are_those_of_the_benchmark(monkeypatch):
     for method, command in guess_and_check.METHODS.items():
         assert "python " + command.replace("RULE", RULE) in PAGE.splitlines()
         assert method == "dpo" or {row["seed"] for row in results if row["method"] == method} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.slow
+def test_a_committed_row_is_measured_again(tmp_path):
+    flags = ("--methods", "before", "--seeds", 1, "--results", tmp_path / "rows")
+    assert_ok(run_script("benchmark/guess_and_check.py", *flags))
+    path = ROOT / "benchmark" / "results" / "guess_and_check.jsonl"
+    rows = [json.loads(file.read_text().splitlines()[0]) for file in (path, tmp_path / "rows")]
+    for name, value in rows[0].items():
+        if isinstance(value, float):
+            assert rows[1][name] == pytest.approx(value, abs=0.01), name
