@@ -135,8 +135,8 @@ def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Resp
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     ended_B = torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=policy.device)
-    texts = decode(policy.tokenizer, tokens)
-    return Responses(prompts, texts, prompts_BP, prompt_mask_BP, tokens_BT, mask_BT, ended_B)
+    padded = (prompts_BP, prompt_mask_BP, tokens_BT, mask_BT)
+    return Responses(prompts, decode(policy.tokenizer, tokens), *padded, ended_B)
 
 
 class RoomyLayer(DynamicLayer):
@@ -885,8 +885,11 @@ def encode_response(tokenizer, text) -> list[int]:
     ids = encode(tokenizer, text, add_special_tokens=False)
     if decode(tokenizer, [ids]) != [text]:
         anchor = encode(tokenizer, "\n", add_special_tokens=False)
-        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)
+        ids = ids[len(anchor) :]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:
