@@ -358,16 +358,16 @@ class LastTokenScore(ModelFunction):
         return self.model.score(hidden_BLD[rows_B, mask_BL.sum(1) - 1])
 
 
-def reward_model_ids(tokenizer, prompt, response, max_length, messages=None) -> list[int]:
+def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
     """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
 
     A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
     """
-    if messages and tokenizer.chat_template:
-        text = chat_text(tokenizer, [*messages, dict(role="assistant", content=response)], tokenizer.name_or_path)
-        ids = encode(tokenizer, text, add_special_tokens=False)
+    if prompt.messages and tokenizer.chat_template:
+        messages = [*prompt.messages, dict(role="assistant", content=response)]
+        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
     else:
-        ids = encode(tokenizer, prompt + response)
+        ids = encode(tokenizer, prompt.text + response)
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
     return cut_left(ids, max_length, tokenizer.bos_token_id)
@@ -382,48 +382,48 @@ class Reward:
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.backend = backend
-        self.function = self.scores
-        if function:
-            self.function = function_from_file(function)
-            if prompt:
-                self.checked_scores([prompt], [""])  # an error in it shows now, not after the first rollout
-        else:
+        self.function = function_from_file(function) if function else None
+        if not function:
             classifier, self.tokenizer = load_classifier(model, backend)
-            self.max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
             self.mean = getattr(classifier.config, "reward_mean", 0.0)
             self.scorer = freeze(LastTokenScore(classifier), backend)
+        elif prompt:
+            self.scores([prompt], [""])  # an error in the function shows now, not after the first rollout
+
+    def __call__(self, responses: Responses):
+        """-> rewards_B, float32."""
+        scores = self.scores(responses.prompts, list(responses.texts))
+        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
+        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
+
+    def scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        """One finite number per response."""
+        scores = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
+        if len(scores) != len(prompts):
+            fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
+        for score, text in zip(scores, texts):
+            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
+                fail(f"{self.name} returned {score} for the response {text!r}", status=1)
+        return scores
+
+    def function_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        rows = [prompt.columns | (dict(messages=prompt.messages) if prompt.messages else {}) for prompt in prompts]
+        columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+        with shows_traceback(self.name):
+            scores = self.function([prompt.text for prompt in prompts], texts, **columns)
+            return [float(score) for score in scores]
 
     @torch.no_grad()
-    def scores(self, prompts: list[str], responses: list[str], **columns) -> list[float]:
-        """The reward model's scores; it reads texts, so it may have any tokenizer."""
-        chats = columns.get("messages", [None] * len(prompts))
-        texts = zip(prompts, responses, [self.max_length] * len(prompts), chats)
-        ids = [reward_model_ids(self.tokenizer, *row) for row in texts]
+    def model_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        """A reward model reads texts, so it may have any tokenizer."""
+        length = self.tokenizer.num_positions
+        ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
         scores_B = torch.empty(len(ids), device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.backend.micro_batch_size):
             ids_BL, mask_BL = pad([ids[i] for i in rows], "right", self.backend.device)
             scores_B[rows] = self.scorer(ids_BL, mask_BL)
         return (scores_B - self.mean).tolist()
-
-    def checked_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        names = {name: None for prompt in prompts for name in prompt.columns}
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        with shows_traceback(self.name):
-            scores = self.function([prompt.text for prompt in prompts], list(texts), **columns)
-            scores = [float(score) for score in scores]
-        if len(scores) != len(texts):
-            fail(f"{self.name} returned {len(scores)} rewards for {len(texts)} responses", status=1)
-        for score, text in zip(scores, texts):
-            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
-                fail(f"{self.name} returned {score} for the response {text!r}", status=1)
-        return scores
-
-    def __call__(self, responses: Responses):
-        """-> rewards_B, float32."""
-        scores = self.checked_scores(responses.prompts, responses.texts)
-        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
-        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
 
 
 def function_from_file(spec) -> Callable[..., list[float]]:
@@ -510,15 +510,15 @@ class Backend:
 
 
 def load_tokenizer(path):
-    """The tokenizer, which also learns how many token ids the model has embeddings for."""
+    """The tokenizer, which also learns the numbers of the model's embeddings and positions."""
     absent = f"no folder {path} here, and no hub model of that name could be reached"
     with fails_with(f"{path}: no tokenizer could be loaded" if Path(path).is_dir() else absent):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    embeddings = config.get_text_config().vocab_size
-    if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
-        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
-    tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
+    if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
+    tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
+    tokenizer.num_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
 
@@ -822,9 +822,7 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
         # A chat template writes its own special tokens.
         ids = encode(tokenizer, text, add_special_tokens=messages is None)
         columns = {name: value for name, value in row.items() if name != column}
-        if messages:
-            columns["messages"] = messages
-            num_answers += len(messages) < len(row[column])
+        num_answers += messages is not None and len(messages) < len(row[column])
         if text.strip() and ids:
             lengths.append(len(ids))
             prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where, messages))
