@@ -151,7 +151,8 @@ class RoomyLayer(DynamicLayer):
         end = start + keys.shape[2]
         if start == 0:
             self.lazy_initialization(keys, values)
-            self.buffers = [F.pad(new, (0, 0, 0, self.room)) for new in (keys, values)]
+            room = (0, 0, 0, self.room)
+            self.buffers = [F.pad(keys, room), F.pad(values, room)]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -358,16 +359,16 @@ class LastTokenScore(ModelFunction):
         return self.model.score(hidden_BLD[rows_B, mask_BL.sum(1) - 1])
 
 
-def reward_model_ids(tokenizer, prompt, response, max_length, messages=None) -> list[int]:
+def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
     """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
 
     A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
     """
-    if messages and tokenizer.chat_template:
-        text = chat_text(tokenizer, [*messages, dict(role="assistant", content=response)], tokenizer.name_or_path)
-        ids = encode(tokenizer, text, add_special_tokens=False)
+    if prompt.messages and tokenizer.chat_template:
+        messages = [*prompt.messages, dict(role="assistant", content=response)]
+        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
     else:
-        ids = encode(tokenizer, prompt + response)
+        ids = encode(tokenizer, prompt.text + response)
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
     return cut_left(ids, max_length, tokenizer.bos_token_id)
@@ -382,48 +383,50 @@ class Reward:
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.backend = backend
-        self.function = self.scores
-        if function:
-            self.function = function_from_file(function)
-            if prompt:
-                self.checked_scores([prompt], [""])  # an error in it shows now, not after the first rollout
-        else:
+        self.function = function_from_file(function) if function else None
+        if not function:
             classifier, self.tokenizer = load_classifier(model, backend)
-            self.max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
             self.mean = getattr(classifier.config, "reward_mean", 0.0)
             self.scorer = freeze(LastTokenScore(classifier), backend)
+        elif prompt:
+            self.scores([prompt], [""])  # an error in the function shows now, not after the first rollout
+
+    def __call__(self, responses: Responses):
+        """-> rewards_B, float32."""
+        scores = self.scores(responses.prompts, list(responses.texts))
+        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
+        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
+
+    def scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        """One finite number per response."""
+        scores = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
+        if len(scores) != len(prompts):
+            fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
+        for score, text in zip(scores, texts):
+            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
+                fail(f"{self.name} returned {score} for the response {text!r}", status=1)
+        return scores
+
+    def function_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        names = {name for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        if any(prompt.messages for prompt in prompts):
+            columns["messages"] = [prompt.messages for prompt in prompts]
+        with shows_traceback(self.name):
+            scores = self.function([prompt.text for prompt in prompts], texts, **columns)
+            return [float(score) for score in scores]
 
     @torch.no_grad()
-    def scores(self, prompts: list[str], responses: list[str], **columns) -> list[float]:
-        """The reward model's scores; it reads texts, so it may have any tokenizer."""
-        chats = columns.get("messages", [None] * len(prompts))
-        texts = zip(prompts, responses, [self.max_length] * len(prompts), chats)
-        ids = [reward_model_ids(self.tokenizer, *row) for row in texts]
+    def model_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        """A reward model reads texts, so it may have any tokenizer."""
+        length = self.tokenizer.num_positions
+        ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
         scores_B = torch.empty(len(ids), device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.backend.micro_batch_size):
             ids_BL, mask_BL = pad([ids[i] for i in rows], "right", self.backend.device)
             scores_B[rows] = self.scorer(ids_BL, mask_BL)
         return (scores_B - self.mean).tolist()
-
-    def checked_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        names = {name: None for prompt in prompts for name in prompt.columns}
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        with shows_traceback(self.name):
-            scores = self.function([prompt.text for prompt in prompts], list(texts), **columns)
-            scores = [float(score) for score in scores]
-        if len(scores) != len(texts):
-            fail(f"{self.name} returned {len(scores)} rewards for {len(texts)} responses", status=1)
-        for score, text in zip(scores, texts):
-            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
-                fail(f"{self.name} returned {score} for the response {text!r}", status=1)
-        return scores
-
-    def __call__(self, responses: Responses):
-        """-> rewards_B, float32."""
-        scores = self.checked_scores(responses.prompts, responses.texts)
-        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
-        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
 
 
 def function_from_file(spec) -> Callable[..., list[float]]:
@@ -510,15 +513,15 @@ class Backend:
 
 
 def load_tokenizer(path):
-    """The tokenizer, which also learns how many token ids the model has embeddings for."""
+    """The tokenizer, which also learns the numbers of the model's embeddings and positions."""
     absent = f"no folder {path} here, and no hub model of that name could be reached"
     with fails_with(f"{path}: no tokenizer could be loaded" if Path(path).is_dir() else absent):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    embeddings = config.get_text_config().vocab_size
-    if not 0 < tokenizer.vocab_size <= embeddings:  # 0 where the tokenizer's files are missing
-        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {embeddings:,}")
-    tokenizer.num_embeddings = embeddings  # added tokens may lie beyond them: `encode` looks
+    if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
+    tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
+    tokenizer.num_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
 
@@ -567,14 +570,16 @@ def check_policy(policy):
         raise ValueError("its router is sampled in training and reads its jitter everywhere")
     if policy.model.base_model is policy.model:
         raise ValueError("it has no backbone below its head")
-    if policy.whole(torch.tensor([[0, 1]])).logits.isnan().any():
+    text_BL = torch.tensor([[0, 1]])
+    if policy.whole(text_BL).logits.isnan().any():
         raise ValueError("its weights are not finite")
-    prompts_BP = torch.tensor([[0] * 6 + [0, 1]])
+    prompts_BP = F.pad(text_BL, (6, 0))
     mask_BP = (torch.arange(8) >= 6).long()[None]
     sampling = dataclasses.replace(policy.sampling, response_length=8)
     greedy_BT = generate(policy.whole, prompts_BP, mask_BP, [], sampling, num_samples=0, greedy=True)
-    text_BL = torch.cat([prompts_BP[:, 6:], greedy_BT], 1)
-    plain_BTV = (policy.whole(text_BL).logits[:, 1:-1].float() / sampling.temperature).log_softmax(-1)
+    text_BL = torch.cat([text_BL, greedy_BT], 1)
+    logits_BTV = policy.whole(text_BL).logits[:, 1:-1].float()
+    plain_BTV = (logits_BTV / sampling.temperature).log_softmax(-1)
     plain_BT = plain_BTV.gather(-1, greedy_BT[..., None]).squeeze(-1)
     if not torch.allclose(policy(prompts_BP, mask_BP, greedy_BT), plain_BT, atol=tolerance):
         raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
@@ -822,9 +827,7 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
         # A chat template writes its own special tokens.
         ids = encode(tokenizer, text, add_special_tokens=messages is None)
         columns = {name: value for name, value in row.items() if name != column}
-        if messages:
-            columns["messages"] = messages
-            num_answers += len(messages) < len(row[column])
+        num_answers += messages is not None and len(messages) < len(row[column])
         if text.strip() and ids:
             lengths.append(len(ids))
             prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where, messages))
@@ -932,18 +935,13 @@ def write_whole(path, text):
     aside.replace(path)
 
 
-def as_table(values: dict) -> str:
-    """Markdown."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
-
-
 def model_card(script, args: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    metrics = {name: f"{value:.4g}" for name, value in metrics.items()}
-    args = {name: value for name, value in args.items() if value is not None}
-    title = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
-    code = f"In this folder:\n\n```python\n{usage.strip()}\n```\n"
-    return "\n".join([title, code, "## Last metrics\n", as_table(metrics), "\n## Flags\n", as_table(args), ""])
+    text = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
+    blocks = {"In this folder": usage, "Flags": json.dumps(args, indent=2), "Metrics": json.dumps(metrics, indent=2)}
+    for name, block in blocks.items():
+        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
+    return text
 
 
 def curve(name) -> str:
@@ -1013,14 +1011,15 @@ class Run:
         with fails_with(f"--output-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)  # by all ranks, so that all fail alike
             if self.is_main:
-                write_whole(self.folder / "args.json", json.dumps(self.args, indent=2) + "\n")
+                flags = json.dumps(self.args, indent=2) + "\n"
+                write_whole(self.folder / "args.json", flags)
                 for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                     kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
                     write_whole(path, json_lines(kept))  # nothing after the checkpoint
                 for path in [] if self.last_checkpoint else self.folder.glob("events.*"):
                     path.unlink()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
-                self.writer.add_text("flags", as_table(self.args))
+                self.writer.add_text("flags", f"```\n{flags}```")
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
             if self.args.get(name):
                 print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
@@ -1195,14 +1194,17 @@ def check_flags(args):
 
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
-    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+    values = vars(args)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    own = {name for name in ("model", "dataset") if getattr(args, name, None) != defaults.get(name)}
-    forgotten = {"dataset", "eval_dataset", "reward_model"} & defaults.keys() if own else set()
-    if getattr(args, "reward_function", None):
-        forgotten.add("reward_model")
-    for name in forgotten - given:
-        setattr(args, name, None)
+    forgotten = []
+    if any(values.get(name) != defaults.get(name) for name in ("model", "dataset")):
+        forgotten = ["dataset", "eval_dataset", "reward_model"]
+    elif values.get("reward_function"):
+        forgotten = ["reward_model"]
+    for name in forgotten:
+        if name in values and f"__{name}" not in given:
+            setattr(args, name, None)
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
 
@@ -1293,7 +1295,7 @@ def gather_rows(rows) -> list:
 def global_means(**tensors) -> dict[str, float]:
     """The mean of each tensor's entries over all ranks, by name."""
     totals = torch.stack([x.sum().double() for x in tensors.values()])
-    counts = torch.tensor([x.numel() for x in tensors.values()], dtype=totals.dtype, device=totals.device)
+    counts = torch.tensor([x.numel() for x in tensors.values()]).to(totals)
     dist.all_reduce(totals)
     dist.all_reduce(counts)
     return dict(zip(tensors, (totals / counts).tolist()))

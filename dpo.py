@@ -231,17 +231,9 @@ def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
 
-    # 1. Models: the policy; the initial one is loaded again for the moment of an evaluation
+    # 1. Data
     tokenizer = common.load_tokenizer(args.model)
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
 
-    def load_model(path, backend):
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    model = common.train_engine(load_model(args.model, backend), backend, args.max_grad_norm)
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-
-    # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
         hub = (args.dataset_config, args.dataset_split)
@@ -252,9 +244,18 @@ def main() -> None:
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
 
+    # 2. Models: the policy; the initial one is loaded again for the moment of an evaluation
     rewards = {}
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, pairs[0].prompt)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
+
+    def load_model(path, backend):
+        return common.load_policy(path, tokenizer, sampling, backend)
+
+    model = common.train_engine(load_model(args.model, backend), backend, args.max_grad_norm)
+    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
+
     needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
     for some in ([pairs[i] for i in needed], eval_pairs):  # the model is the initial policy: `run` resumes later
         for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):

@@ -142,8 +142,7 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
     for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
         responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
-        texts = ((prompt.text, response, sys.maxsize, prompt.messages) for response in responses)
-        ids = tuple(common.reward_model_ids(tokenizer, *row) for row in texts)
+        ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize) for text in responses)
         excess = max(0, len(common.encode(tokenizer, prompt.text)) - max_prompt_length)  # tokens that the prompt loses
         ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
         if not all(response.strip() for response in responses):
@@ -234,26 +233,27 @@ def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
 
-    # 1. Models: a language model that gets a new head
-    classifier, tokenizer = common.load_classifier(args.model, backend, new_head=True)
-    torch.manual_seed(args.seed)
-    torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
-    max_length = getattr(classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    model = common.train_engine(common.LastTokenScore(classifier), backend, args.max_grad_norm)
+    # 1. Data
+    tokenizer = common.load_tokenizer(args.model)
 
-    def load_model(path, backend):
-        return common.LastTokenScore(common.load_classifier(path, backend)[0])
-
-    # 2. Data
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
         hub = (args.dataset_config, args.dataset_split)
-        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, max_length)
+        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, tokenizer.num_positions)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
+
+    # 2. Models: a language model that gets a new head
+    classifier, _ = common.load_classifier(args.model, backend, new_head=True)
+    torch.manual_seed(args.seed)
+    torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
+    model = common.train_engine(common.LastTokenScore(classifier), backend, args.max_grad_norm)
+
+    def load_model(path, backend):
+        return common.LastTokenScore(common.load_classifier(path, backend)[0])
 
     def evaluated(update) -> dict[str, float]:
         rows = evaluate(model, eval_pairs, pairs_at_once)

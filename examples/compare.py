@@ -83,7 +83,7 @@ def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
             text, messages = common.read_prompt(row, "line", "--chat", tokenizer)
             ids = common.encode(tokenizer, text, add_special_tokens=not args.chat)
             ids = common.cut_left(ids, args.max_prompt_length, tokenizer.bos_token_id)
-            prompts.append(common.Prompt(text, ids, dict(messages=messages) if args.chat else {}))
+            prompts.append(common.Prompt(text, ids, {}, messages=messages))
         if all(prompt.ids for prompt in prompts):
             yield prompts
 

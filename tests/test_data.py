@@ -107,7 +107,10 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
     messages = [dict(role="system", content="Be brief"), dict(role="user", content="Hi")]
     (prompt,) = load(write(tmp_path / "a.jsonl", json.dumps(dict(prompt=messages, label=3))), tokenizer)
     assert prompt.text == "<|endoftext|>system: Be brief\n<|endoftext|>user: Hi\nbot:"
-    assert prompt.ids.count(tokenizer.eos_token_id) == 2 and prompt.columns == dict(label=3, messages=messages)
+    assert prompt.ids.count(tokenizer.eos_token_id) == 2 and (prompt.columns, prompt.messages) == (
+        dict(label=3),
+        messages,
+    )
 
 
 def test_a_response_in_messages_is_their_last_content():

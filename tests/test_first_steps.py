@@ -138,7 +138,7 @@ def test_a_conversation_loses_the_answer_at_its_end(tmp_path, capsys, chat_token
     prompts = common.load_prompts(str(path), (None, "train"), "messages", chat_tokenizer, 64)
     first = "<user>The plot<assistant>"
     assert [prompt.text for prompt in prompts] == [first, first, f"{first} was good.{first}"]
-    assert [prompt.columns for prompt in prompts] == [dict(messages=m) for m in ([HI], [HI], [HI, HELLO, HI])]
+    assert [prompt.messages for prompt in prompts] == [[HI], [HI], [HI, HELLO, HI]]
     assert "prompts: 3 (1 lost the answer at their end)" in capsys.readouterr().out
     path.write_text(json.dumps(dict(messages=[HELLO])))
     with pytest.raises(SystemExit):
@@ -153,7 +153,8 @@ def test_a_reward_model_reads_a_chat_through_its_own_template(tmp_path, chat_tok
     model.save_pretrained(folder)
     chat_tokenizer.chat_template = TEMPLATE + "."
     chat_tokenizer.save_pretrained(folder)
-    prompts = [common.Prompt("[policy's template]", [], dict(messages=[HI])), common.Prompt("The plot", [], {})]
+    prompts = [common.Prompt("[policy's template]", [], {}, messages=[HI])]
+    prompts.append(common.Prompt("The plot", [], dict(messages=[HI])))  # a column of that name is no chat
     rows = common.Responses(prompts, [" was good."] * 2, None, None, None, None, torch.tensor([True, True]))
     found = common.Reward(str(folder), None, 0.0, start_backend())(rows)
     for score, text in zip(found, ["<user>The plot<assistant> was good..", "The plot was good.<|endoftext|>"]):
@@ -214,7 +215,7 @@ def reward(prompts, responses, messages, label):
     seen.append((prompts, responses, messages, label))
     return [0.0] * len(prompts)
 """)
-    prompt = common.Prompt("<user>The plot", [], dict(messages=[HI], label=3))
+    prompt = common.Prompt("<user>The plot", [], dict(label=3), messages=[HI])
     reward = common.Reward(None, f"{tmp_path}/f.py:reward", 0.0, start_backend(), prompt)
     assert reward.function.__globals__["seen"] == [(["<user>The plot"], [""], [[HI]], [3])]
 
@@ -263,7 +264,7 @@ def test_a_configuration_of_a_hub_data_set(monkeypatch):
 
 
 def code_of(card: str) -> str:
-    return card.split("```python\n")[1].split("```")[0]
+    return card.split("```\n")[1]
 
 
 def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, capsys):
@@ -271,7 +272,7 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
     assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
     assert f"tensorboard --logdir {tmp_path}\n" in capsys.readouterr().out
     card = (tmp_path / "r" / "policy" / "README.md").read_text()
-    assert "| learning_rate | 0.0002 |" in card and "| eval_reward | " in card and card.startswith("---\nlibrary_name")
+    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card and card.startswith("---\nlibrary_name")
     monkeypatch.chdir(tmp_path / "r" / "policy")
     exec(code_of(card), {})
     assert capsys.readouterr().out.startswith("A prompt")
@@ -294,7 +295,7 @@ def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, c
     capsys.readouterr()
     exec(code_of((tmp_path / "r" / "reward_model" / "README.md").read_text()), {})
     reward = common.Reward(str(tmp_path / "r" / "reward_model"), None, 0.0, start_backend())
-    (expected,) = reward.scores(["A prompt"], [" and its response"])
+    (expected,) = reward.scores([common.Prompt("A prompt", [], {})], [" and its response"])
     assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
 
 

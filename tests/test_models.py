@@ -242,10 +242,10 @@ def test_responses_are_scored_and_written_as_they_stand_after_the_prompt(
     scored, functions_saw = [], tmp_path / "texts.txt"
     reward_model_ids = common.reward_model_ids
 
-    def watched_ids(tokenizer, prompt, response, max_length, messages):
-        scored.append(prompt + response)
-        ids = reward_model_ids(tokenizer, prompt, response, max_length, messages)
-        assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + response
+    def watched_ids(tokenizer, prompt, response, max_length):
+        scored.append(prompt.text + response)
+        ids = reward_model_ids(tokenizer, prompt, response, max_length)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == prompt.text + response
         return ids
 
     def generate(model, prompts_BP, prompt_mask_BP, eos_ids, sampling, num_samples, greedy):
@@ -412,7 +412,8 @@ def test_scores_in_bfloat16_are_finer_than_the_type():
     """M9: bfloat16 has steps of 1/32 between 4 and 8."""
     backend = start_backend(dtype="bfloat16", micro_batch_size=8)
     reward = common.Reward(str(EXAMPLE / "reward_model"), None, 0.0, backend)
-    prompts = ["The acting", "The plot", "I saw this film and it", "The music of the film", "My friends said it"] * 2
+    texts = ["The acting", "The plot", "I saw this film and it", "The music of the film", "My friends said it"] * 2
+    prompts = [common.Prompt(text, [], {}) for text in texts]
     responses = [" was a disaster."] * 5 + [" was a joy, and I loved it."] * 5
     with patch.object(reward, "mean", 0.0):
         scores = torch.tensor(reward.scores(prompts, responses))

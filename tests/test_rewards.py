@@ -94,11 +94,12 @@ def test_scores_are_float32_whatever_the_model_computes_in():
 
 def test_the_text_of_a_reward_model_ends_with_one_eos_and_is_cut_on_the_left(tokenizer):
     eos = tokenizer.eos_token_id
-    ids = common.reward_model_ids(tokenizer, "The plot", " was good.", 100)
+    plot, nothing = (common.Prompt(text, [], {}) for text in ("The plot", ""))
+    ids = common.reward_model_ids(tokenizer, plot, " was good.", 100)
     assert ids == [*tokenizer("The plot was good.")["input_ids"], eos]
-    assert common.reward_model_ids(tokenizer, "The plot", " was good.<|endoftext|>", 100) == ids
-    assert common.reward_model_ids(tokenizer, "The plot", " was good.", 3) == ids[-3:]
-    assert common.reward_model_ids(tokenizer, "", "", 100) == [eos]
+    assert common.reward_model_ids(tokenizer, plot, " was good.<|endoftext|>", 100) == ids
+    assert common.reward_model_ids(tokenizer, plot, " was good.", 3) == ids[-3:]
+    assert common.reward_model_ids(tokenizer, nothing, "", 100) == [eos]
 
 
 def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_path):
