@@ -151,7 +151,8 @@ class RoomyLayer(DynamicLayer):
         end = start + keys.shape[2]
         if start == 0:
             self.lazy_initialization(keys, values)
-            self.buffers = [F.pad(new, (0, 0, 0, self.room)) for new in (keys, values)]
+            room = (0, 0, 0, self.room)
+            self.buffers = [F.pad(keys, room), F.pad(values, room)]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -407,8 +408,10 @@ class Reward:
         return scores
 
     def function_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        rows = [prompt.columns | (dict(messages=prompt.messages) if prompt.messages else {}) for prompt in prompts]
-        columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+        names = {name for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        if any(prompt.messages for prompt in prompts):
+            columns["messages"] = [prompt.messages for prompt in prompts]
         with shows_traceback(self.name):
             scores = self.function([prompt.text for prompt in prompts], texts, **columns)
             return [float(score) for score in scores]
@@ -567,14 +570,16 @@ def check_policy(policy):
         raise ValueError("its router is sampled in training and reads its jitter everywhere")
     if policy.model.base_model is policy.model:
         raise ValueError("it has no backbone below its head")
-    if policy.whole(torch.tensor([[0, 1]])).logits.isnan().any():
+    text_BL = torch.tensor([[0, 1]])
+    if policy.whole(text_BL).logits.isnan().any():
         raise ValueError("its weights are not finite")
-    prompts_BP = torch.tensor([[0] * 6 + [0, 1]])
+    prompts_BP = F.pad(text_BL, (6, 0))
     mask_BP = (torch.arange(8) >= 6).long()[None]
     sampling = dataclasses.replace(policy.sampling, response_length=8)
     greedy_BT = generate(policy.whole, prompts_BP, mask_BP, [], sampling, num_samples=0, greedy=True)
-    text_BL = torch.cat([prompts_BP[:, 6:], greedy_BT], 1)
-    plain_BTV = (policy.whole(text_BL).logits[:, 1:-1].float() / sampling.temperature).log_softmax(-1)
+    text_BL = torch.cat([text_BL, greedy_BT], 1)
+    logits_BTV = policy.whole(text_BL).logits[:, 1:-1].float()
+    plain_BTV = (logits_BTV / sampling.temperature).log_softmax(-1)
     plain_BT = plain_BTV.gather(-1, greedy_BT[..., None]).squeeze(-1)
     if not torch.allclose(policy(prompts_BP, mask_BP, greedy_BT), plain_BT, atol=tolerance):
         raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
@@ -883,8 +888,11 @@ def encode_response(tokenizer, text) -> list[int]:
     ids = encode(tokenizer, text, add_special_tokens=False)
     if decode(tokenizer, [ids]) != [text]:
         anchor = encode(tokenizer, "\n", add_special_tokens=False)
-        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)
+        ids = ids[len(anchor) :]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:
@@ -930,18 +938,13 @@ def write_whole(path, text):
     aside.replace(path)
 
 
-def as_table(values: dict) -> str:
-    """Markdown."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
-
-
 def model_card(script, args: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    metrics = {name: f"{value:.4g}" for name, value in metrics.items()}
-    args = {name: value for name, value in args.items() if value is not None}
-    title = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
-    code = f"In this folder:\n\n```python\n{usage.strip()}\n```\n"
-    return "\n".join([title, code, "## Last metrics\n", as_table(metrics), "\n## Flags\n", as_table(args), ""])
+    text = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
+    blocks = {"In this folder": usage, "Flags": json.dumps(args, indent=2), "Metrics": json.dumps(metrics, indent=2)}
+    for name, block in blocks.items():
+        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
+    return text
 
 
 def curve(name) -> str:
@@ -1011,14 +1014,15 @@ class Run:
         with fails_with(f"--output-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)  # by all ranks, so that all fail alike
             if self.is_main:
-                write_whole(self.folder / "args.json", json.dumps(self.args, indent=2) + "\n")
+                flags = json.dumps(self.args, indent=2) + "\n"
+                write_whole(self.folder / "args.json", flags)
                 for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                     kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
                     write_whole(path, json_lines(kept))  # nothing after the checkpoint
                 for path in [] if self.last_checkpoint else self.folder.glob("events.*"):
                     path.unlink()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
-                self.writer.add_text("flags", as_table(self.args))
+                self.writer.add_text("flags", f"```\n{flags}```")
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
             if self.args.get(name):
                 print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
@@ -1193,14 +1197,17 @@ def check_flags(args):
 
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
-    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+    values = vars(args)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    own = {name for name in ("model", "dataset") if getattr(args, name, None) != defaults.get(name)}
-    forgotten = {"dataset", "eval_dataset", "reward_model"} & defaults.keys() if own else set()
-    if getattr(args, "reward_function", None):
-        forgotten.add("reward_model")
-    for name in forgotten - given:
-        setattr(args, name, None)
+    forgotten = []
+    if any(values.get(name) != defaults.get(name) for name in ("model", "dataset")):
+        forgotten = ["dataset", "eval_dataset", "reward_model"]
+    elif values.get("reward_function"):
+        forgotten = ["reward_model"]
+    for name in forgotten:
+        if name in values and f"__{name}" not in given:
+            setattr(args, name, None)
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
 
@@ -1291,7 +1298,7 @@ def gather_rows(rows) -> list:
 def global_means(**tensors) -> dict[str, float]:
     """The mean of each tensor's entries over all ranks, by name."""
     totals = torch.stack([x.sum().double() for x in tensors.values()])
-    counts = torch.tensor([x.numel() for x in tensors.values()], dtype=totals.dtype, device=totals.device)
+    counts = torch.tensor([x.numel() for x in tensors.values()]).to(totals)
     dist.all_reduce(totals)
     dist.all_reduce(counts)
     return dict(zip(tensors, (totals / counts).tolist()))
