@@ -115,6 +115,16 @@ def test_the_page_s_table_and_commands_are_those_of_the_benchmark(monkeypatch):
         assert method == "dpo" or {row["seed"] for row in results if row["method"] == method} == {1, 2, 3, 4, 5}
 
 
+def test_the_exercises_on_the_page_pay_what_it_says():
+    for block, expected in zip(
+        re.findall(r"```python\n(.*?)```", PAGE, re.S), [[1, 0.5, -1], [0.95, -0.1, -0.05]], strict=True
+    ):
+        names = {}
+        exec(block, names)
+        responses = ["8+20=28!", "3+20=23, 4+20=24?", "3+20=23!"]
+        assert names["reward"]([""] * 3, responses, ["8+20=28"] * 3) == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_a_committed_row_is_measured_again(tmp_path):
     flags = ("--methods", "before", "--seeds", 1, "--results", tmp_path / "rows")
