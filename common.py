@@ -888,8 +888,11 @@ def encode_response(tokenizer, text) -> list[int]:
     ids = encode(tokenizer, text, add_special_tokens=False)
     if decode(tokenizer, [ids]) != [text]:
         anchor = encode(tokenizer, "\n", add_special_tokens=False)
-        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)
+        ids = ids[len(anchor) :]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:

@@ -134,7 +134,7 @@ class Pair:
 def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
-    too_long = f"of more than {max_length} tokens, dropped"
+    too_long = f"of more than --response-length {max_length} tokens, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
     for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
         responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
