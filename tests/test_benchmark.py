@@ -55,6 +55,7 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_learning_benchmarks_print_their_tables(tmp_path, monkeypatch, capfd):
     import compare
+    import token_level
     import weighting
 
     monkeypatch.setattr(compare, "methods", lambda episodes: {"ReMax": ["remax.py", "--total-episodes", str(episodes)]})
@@ -64,8 +65,12 @@ def test_learning_benchmarks_print_their_tables(tmp_path, monkeypatch, capfd):
     flags += "--task t --num-samples 2 --betas 1 --total-episodes 8 --batch-size 8 --num-minibatches 1".split()
     monkeypatch.setattr(sys, "argv", ["weighting.py", *flags[:2], "--results", str(tmp_path / "more"), *flags[4:]])
     weighting.main()
+    flags = [*flags[:2], "--results", str(tmp_path / "token"), *flags[-6:]]
+    monkeypatch.setattr(sys, "argv", ["token_level.py", *flags])
+    token_level.main()
     out = capfd.readouterr().out
     assert "| ReMax (1 seeds) |" in out and "| 2 | uniform (1 seeds) |" in out
+    assert "| spr.py (1 seeds) |" in out and "| spr_token.py (1 seeds) |" in out
     assert len((tmp_path / "more").read_text().splitlines()) == 3
 
 

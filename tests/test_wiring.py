@@ -28,7 +28,8 @@ FLAGS = f"""
 """.split()
 ROLLOUT_FLAGS = f"""
     --response-length {LENGTH} --temperature {TEMPERATURE} --missing-eos-penalty {PENALTY} --rollout-batch-size 4
-    --gold-reward-function {EXAMPLE / "sentiment.py:reward"}
+    --gold-reward-function {EXAMPLE / "sentiment.py:reward"} --reward-model {EXAMPLE / "reward_model"}
+    --eval-dataset {EXAMPLE / "prompts_test.jsonl"}
 """.split()
 POLICY_FLAGS = f"--gamma {GAMMA} --kl-coef {KL_COEF} --total-episodes {UPDATES * BATCH}".split()
 
@@ -236,6 +237,7 @@ class Second:
         """What remax, reinforce and ppo say of the sampled rows; logprobs: of the policy that sampled."""
         return dict(
             reward=mean(row.reward for row in rows),
+            reward_std=statistics.pstdev(row.reward for row in rows),
             gold_reward=mean(row.gold_reward for row in rows),
             kl=mean((logprob - row.ref_logprobs).sum() for row, logprob in zip(rows, logprobs)),
             entropy=-torch.cat(logprobs).mean().item(),
@@ -469,6 +471,7 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
         )
         if second.scored:
             found["reward"] = mean(row.reward for row in everything)
+            found["reward_std"] = statistics.pstdev(row.reward for row in everything)
             found["best_reward"] = mean(max(row.reward for row in group) for group in groups)
             pairs = [zip(group, each) for group, each in zip(groups, weights)]
             found["weighted_reward"] = mean(sum(row.reward * weight for row, weight in pair) for pair in pairs)
@@ -490,7 +493,6 @@ def test_spr_token(tmp_path, data):
     flags = f"--num-epochs {epochs} --num-minibatches {minibatches} --num-samples {num_samples} --beta {beta}".split()
     flags += f"--td-lambda {lam} --gamma {GAMMA} --total-episodes {updates * BATCH}".split()
     flags += f"--value-epochs {value_epochs} --value-learning-rate {VALUE_RATE} --max-grad-norm {max_grad_norm}".split()
-    flags += ["--reward-model", EXAMPLE / "reward_model", "--eval-dataset", EXAMPLE / "prompts_test.jsonl"]
     recorded = record("spr_token", [*ROLLOUT_FLAGS, *flags, *data[1]], tmp_path / "r")
     second = Second(recorded, data[0])
     value = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "reward_model", num_labels=1)
