@@ -714,6 +714,8 @@ def save_and_check(engine, tokenizer, folder, load, inputs, backend):
             aside = folder.with_name(folder.name + ".tmp")  # then renamed: whole or absent
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            for path in aside.glob("*.safetensors"):  # which only their owner may read, so far
+                shutil.copymode(aside / "config.json", path)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
     trained = engine(*inputs).cpu()

@@ -86,6 +86,7 @@ def test_it_learns_from_any_folder_and_says_so(tmp_path):
 
     model, info = AutoModelForCausalLM.from_pretrained(folder / "policy", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len({path.stat().st_mode for path in (folder / "policy").iterdir()}) == 1  # others may read the weights, too
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     last = [row for row in samples if row["update"] == 40][0]
     ids = tokenizer(last["prompt"], return_tensors="pt")

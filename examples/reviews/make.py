@@ -161,6 +161,7 @@ def run_script(name: str, start: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
         subprocess.run([*command, "--output-dir", f"{folder}/run"], check=True)
         shutil.rmtree(HERE / result, ignore_errors=True)
         shutil.move(f"{folder}/run/{result}", HERE / result)
+        (HERE / result / "README.md").unlink()  # its paths are of this run
 
 
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> None:
