@@ -51,7 +51,7 @@ LANGUAGE_MODEL = """
 import transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(".")
 model = transformers.AutoModelForCausalLM.from_pretrained(".")
-ids = tokenizer("A prompt", return_tensors="pt")
+ids = tokenizer("A prompt", return_tensors="pt")  # a chat: tokenizer.apply_chat_template
 print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=64)[0]))
 """
 
@@ -412,9 +412,13 @@ class Reward:
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         if any(prompt.messages for prompt in prompts):
             columns["messages"] = [prompt.messages for prompt in prompts]
-        with shows_traceback(self.name):
+        with shows_traceback(self.name, f" (columns: {', '.join(columns) or 'none'})"):
             scores = self.function([prompt.text for prompt in prompts], texts, **columns)
+            scores = list(scores) if hasattr(scores, "__iter__") else scores
+        try:
             return [float(score) for score in scores]
+        except (TypeError, ValueError):
+            fail(f"{self.name} returned {str(scores)[:80]}; expected a number for each response", status=1)
 
     @torch.no_grad()
     def model_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
@@ -442,7 +446,7 @@ def function_from_file(spec) -> Callable[..., list[float]]:
 
 
 @contextlib.contextmanager
-def shows_traceback(spec) -> Iterator[None]:
+def shows_traceback(spec, note="") -> Iterator[None]:
     """An error inside ends the run with the traceback of the user's file alone."""
     try:
         yield
@@ -454,7 +458,7 @@ def shows_traceback(spec) -> Iterator[None]:
             position = position.tb_next
         *lines, last = traceback.format_exception(error.with_traceback(position))
         tqdm.write("".join(lines), file=sys.stderr, end="")
-        fail(f"{spec} raised {last.strip()}", status=1)
+        fail(f"{spec} raised {last.strip()}{note}", status=1)
 
 
 # ---------------------------------------------------------------- 4. Evaluation
@@ -787,7 +791,7 @@ def read_csv(path, text) -> Iterator[tuple[str, dict]]:
 def read_column(row, column, where) -> str | list[dict]:
     """A text or chat messages."""
     if column not in row:
-        fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))}")
+        fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))} (the flags in -column name them)")
     value = row[column]
     try:
         if not isinstance(value, str):
@@ -797,10 +801,14 @@ def read_column(row, column, where) -> str | list[dict]:
     return value
 
 
-def read_response(row, column, where) -> str:
-    """The text in a column, of chat messages the last content."""
-    value = read_column(row, column, where)
-    return value if isinstance(value, str) else value[-1]["content"]
+def read_response(prompt: Prompt, column) -> str:
+    """The text in a column of the prompt's row, of chat messages the last content."""
+    value = read_column(prompt.columns, column, prompt.where)
+    if isinstance(value, str):
+        return value
+    if len(value) > 1 and not prompt.messages:
+        fail(f"{prompt.where}: {column!r} is a conversation, the prompt a text: make its earlier messages the prompt")
+    return value[-1]["content"]
 
 
 def read_prompt(row, column, where, tokenizer) -> tuple[str, list[dict] | None]:
@@ -860,11 +868,11 @@ def report_lengths(lengths: list[int], limit, flag, rows, loss):
 
 def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
-    print("Data:", end=" ")
+    print("Data:")
     rows = load(dataset)
     if not size:
         return rows, []
-    print("Held-out data:", end=" ")
+    print("Held-out data:")
     if eval_dataset:
         return rows, load(eval_dataset)[:size]
     if len(rows) < 2:
@@ -970,7 +978,7 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     found = {}
     if last_are("entropy", -1, 0.02):
         found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
-    if last_are("truncated_fraction", 0.5, 2):
+    elif last_are("truncated_fraction", 0.5, 2):
         found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
     if last_are("kl", 100, math.inf) or rows[-1].get("eval_log_ratio", 0) > 100:
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
@@ -982,8 +990,8 @@ def troubles(rows: list[dict]) -> dict[str, str]:
         best = evaluations[golds.index(max(golds))]
         fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
         if len(golds) > 2 and fell and rows[-1]["eval_reward"] > best["eval_reward"]:
-            since = f"since update {best['update']} the gold reward has fallen while the reward rose"
-            found["gold"] = f"{since}, the policy games it: train less, or hold the policy nearer to the initial one"
+            change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
+            found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"
     return found
 
 
@@ -1025,6 +1033,8 @@ class Run:
                     path.unlink()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
                 self.writer.add_text("flags", f"```\n{flags}```")
+        if self.last_checkpoint:
+            print(f"Resumed after update {self.last_checkpoint} of {num_updates}")
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
             if self.args.get(name):
                 print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
@@ -1035,7 +1045,12 @@ class Run:
         self.skipped = sum(engine.skipped_steps for engine in engines)
         self.faults = []  # the updates in a row that have skipped a step
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.signals.append(number))
+            signal.signal(number, self.hear)
+
+    def hear(self, number, frame):
+        self.signals.append(number)
+        if self.is_main:
+            print("\nStopping after this update …", file=sys.stderr)
 
     def log(self, update, metrics: dict[str, float]):
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
@@ -1104,7 +1119,8 @@ class Run:
 
     def stop_if_asked(self, update):
         """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
-        if number := max(gather_rows([*self.signals[:1], 0][:1])):
+        number = max(gather_rows([*self.signals[:1], 0][:1]))
+        if number and update < self.bar.total:  # the last one is followed by the end
             self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
@@ -1189,7 +1205,7 @@ def check_flags(args):
             folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
             if (folder / value.partition(":")[0]).exists():  # else it is a hub name
                 setattr(args, field.name, os.path.abspath(folder / value))
-            elif value.startswith("examples/"):
+            elif value.startswith("examples/") and not args.resume:
                 fail(f"--{field.name.replace('_', '-')}: {HERE} has no {value}: give your own")
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")

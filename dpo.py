@@ -63,7 +63,7 @@ class Args:
     eval_dataset: PathOrName | None = None
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none while training."""
+    """Updates between evaluations, which also come first and last; 0 for none."""
     eval_size: PositiveInt = 200
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -135,14 +135,14 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
     prompt_column, *response_columns = columns
     too_long = f"of more than --response-length {max_length} tokens, dropped"
-    pairs, counts = [], {"with an empty response, dropped": 0, "of equals, dropped": 0, too_long: 0}
+    pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
     for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
-        responses = tuple(common.read_response(prompt.columns, column, prompt.where) for column in response_columns)
+        responses = tuple(common.read_response(prompt, column) for column in response_columns)
         ids = tuple(common.encode_response(tokenizer, response) for response in responses)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:
-            counts["of equals, dropped"] += 1
+            counts["of equal responses, dropped"] += 1
         elif max(map(len, ids)) > max_length:
             counts[too_long] += 1
         else:

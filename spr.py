@@ -68,7 +68,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for none while training."""
+    """Updates between evaluations, which also come first and last; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -81,7 +81,7 @@ class Args:
     """Rows that one rank decodes at once, at least those of one prompt; changes memory, not the distribution."""
 
     # Reward
-    reward_model: PathOrName = "examples/reviews/reward_model"
+    reward_model: PathOrName | None = "examples/reviews/reward_model"
     """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
@@ -171,7 +171,7 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
 def read_demonstrations(prompts, column, tokenizer, max_length):
     """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
     for prompt in prompts:
-        text = common.read_response(prompt.columns, column, prompt.where)
+        text = common.read_response(prompt, column)
         prompt.demonstration = common.encode_response(tokenizer, text)
     lengths = [len(prompt.demonstration) for prompt in prompts]
     common.report_lengths(lengths, max_length, "--response-length", "demonstrations", "are dropped")

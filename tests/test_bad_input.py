@@ -517,9 +517,9 @@ CODE = {  # body: (status, what is said)
     "return [float('-inf')] * len(responses)": (1, "returned -inf for the response"),
     "return [1e300] * len(responses)": (1, "returned 1e+300 for the response"),
     "return [1.0]": (1, "returned 1 rewards for"),
-    "return ['good'] * len(responses)": (1, "raised ValueError: could not convert"),
-    "return [None] * len(responses)": (1, "raised TypeError"),
-    "return None": (1, "raised TypeError"),
+    "return ['good'] * len(responses)": (1, "returned ['good']; expected a number for each response"),
+    "return [None] * len(responses)": (1, "returned [None]; expected a number for each response"),
+    "return None": (1, "returned None; expected a number for each response"),
     "raise SystemExit(0)": (1, "raised SystemExit"),
 }
 

@@ -113,9 +113,13 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
     )
 
 
-def test_a_response_in_messages_is_their_last_content():
-    row = dict(chosen=[dict(role="user", content="Hi"), dict(role="assistant", content=" good")])
-    assert common.read_response(row, "chosen", "a.jsonl:1") == " good"
+def test_a_response_in_messages_is_their_last_content(capsys):
+    hi = dict(role="user", content="Hi")
+    row = dict(chosen=[hi, dict(role="assistant", content=" good")])
+    assert common.read_response(common.Prompt("Hi", [], row, messages=[hi]), "chosen") == " good"
+    with pytest.raises(SystemExit):
+        common.read_response(common.Prompt("Hi", [], row, where="a.jsonl:1"), "chosen")
+    assert "a.jsonl:1: 'chosen' is a conversation, the prompt a text" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- Held-out rows and batches

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
 
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
     rows = [json.loads(line) for line in open(ROOT / "benchmark/results/first_run.jsonl", encoding="utf-8")]
-    assert list(common.troubles(rows)) == ["gold"] and "since update 50" in common.troubles(rows)["gold"]
+    assert list(common.troubles(rows)) == ["gold"]
+    assert "eval_gold_reward fell from 0.64 to 0.42 since update 50" in common.troubles(rows)["gold"]
     assert common.troubles([*rows[:-1], rows[-1] | dict(eval_reward=0.0)]) == {}  # the reward fell, too
     blind = [{name: value for name, value in row.items() if "gold" not in name} for row in rows]
     assert not any(
@@ -69,7 +71,8 @@ def test_a_destroyed_policy_is_not_reported_as_a_success(tmp_path, capsys):
     flags = "--total-episodes 40 --batch-size 8 --eval-every 0 --response-length 12 --learning-rate 5".split()
     assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
     out, err = capsys.readouterr()
-    assert "Warning: the policy has collapsed" in out and "Warning: most sampled responses are cut off" in out
+    assert "Warning: the policy has collapsed" in out
+    assert "cut off" not in out.split("eval_")[-1]  # longer responses would not help
     assert (out + err).count("warning, update ") == len(common.troubles(read_metrics(tmp_path / "r")))
 
 
@@ -97,7 +100,7 @@ def test_data_of_one_s_own_needs_a_reward_and_is_held_out_from(tmp_path, capsys,
     if script == "remax":
         assert run_here(script, *flags, "--reward-model", "examples/reviews/reward_model") == 0
         out = capsys.readouterr().out
-        assert "Held-out data: 3 of them, which are not trained on" in out
+        assert "Held-out data:\n3 of them, which are not trained on" in out
         assert "Model: examples/reviews/policy\nReward model: examples/reviews/reward_model\n" in out
 
 
@@ -108,6 +111,17 @@ def test_the_example_s_reward_model_is_not_used_beside_a_function(monkeypatch):
     assert args.reward_model == str(EXAMPLE / "reward_model")
     args = parsed(monkeypatch, "--model", EXAMPLE, *EXAMPLE_DATA)
     assert (args.eval_dataset, args.reward_model) == (str(EXAMPLE_DATA[3]), str(EXAMPLE_DATA[5]))
+
+
+def test_resumed_without_the_example(tmp_path, capsys, monkeypatch):
+    """The flags' defaults are not there, but the run has its own; one of them is None."""
+    data, flags = EXAMPLE_DATA[:4], [*SHORT, "--save-every", 1, "--reward-function", SENTIMENT]
+    assert run_here("remax", *flags, *data, "--model", EXAMPLE / "policy", "--output-dir", tmp_path / "r") == 0
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run_here("remax", "--resume", tmp_path / "r") == 0
+    assert "Resumed after update 2 of 2" in capsys.readouterr().out
 
 
 def test_copied_without_the_example(monkeypatch, capsys, tmp_path):
@@ -177,7 +191,7 @@ def test_a_reward_model_of_chats_is_trained_as_it_scores(tmp_path, chat_tokenize
     (pair,) = dpo.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in (pair.prompt.ids, *pair.ids)]
     assert texts == ["<user>The plot<assistant>", " was good.<|endoftext|>", " was bad.<|endoftext|>"]
-    path.write_text(json.dumps(dict(prompt="The plot", messages=[HI, HELLO], chosen=[HI, HELLO], rejected=" was bad.")))
+    path.write_text(json.dumps(dict(prompt="The plot", messages=[HI, HELLO], chosen=[HELLO], rejected=" was bad.")))
     (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
     assert chat_tokenizer.decode(pair.ids[0]) == "The plot was good.<|endoftext|>"  # that column is not the prompt
 
@@ -205,7 +219,7 @@ def test_an_error_in_a_reward_function_shows_its_own_lines_before_anything_expen
     assert run_here("remax", *SHORT, "--reward-function", spec, "--output-dir", tmp_path / "r") == 1
     err = capsys.readouterr().err
     assert f'File "{tmp_path}/f.py", line 2, in reward' in err and "common.py" not in err
-    assert f"error: {spec} raised KeyError: 'number'" in err and not (tmp_path / "r").exists()
+    assert f"error: {spec} raised KeyError: 'number' (columns: none)" in err and not (tmp_path / "r").exists()
 
 
 def test_a_reward_function_sees_the_messages_and_is_tried_on_a_real_prompt(tmp_path):

@@ -350,7 +350,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     pairs = load(tmp_path / "p.jsonl", tokenizer, max_prompt_length=4, max_length=40)
     out = capsys.readouterr().out
     assert "pairs: 2 (" in out and "1 with an empty response, dropped" in out
-    assert "1 of equals, dropped" in out and "1 of more than 40 tokens, dropped" in out
+    assert "1 of equal responses, dropped" in out and "1 of more than the model's 40 positions, dropped" in out
     whole = [tokenizer(long + end)["input_ids"] + [tokenizer.eos_token_id] for end in (" was good.", " was bad.")]
     prompt = len(tokenizer(long)["input_ids"])
     assert list(pairs[0].ids) == [ids[prompt - 4 :] for ids in whole]
@@ -362,7 +362,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     assert [(pair.prompt.text, pair.responses) for pair in found] == [(p.prompt.text, p.responses) for p in pairs]
     assert found[0].prompt.ids == tokenizer(long)["input_ids"][-4:]
     assert list(found[0].ids) == [tokenizer(end)["input_ids"] + [0] for end in (" was good.", " was bad.")]
-    assert capsys.readouterr().out == out.replace("of more than 40", "of more than --response-length 40")
+    assert capsys.readouterr().out == out.replace("the model's 40 positions", "--response-length 40 tokens")
 
 
 BAD = {
@@ -380,7 +380,7 @@ def test_broken_preferences_of_the_development_data(tokenizer, capsys):
         with pytest.raises(SystemExit) as error:
             load(SHARED / "data" / "bad" / name, tokenizer)
         assert error.value.code == 2 and expected in capsys.readouterr().err
-    for name, dropped in (("chosen_equals_rejected.jsonl", "3 of equals"), ("empty_answers.jsonl", "2 with an empty")):
+    for name, dropped in (("chosen_equals_rejected.jsonl", "3 of equal"), ("empty_answers.jsonl", "2 with an empty")):
         assert load(SHARED / "data" / "bad" / name, tokenizer, max_length=4096)
         assert dropped in capsys.readouterr().out
 

@@ -73,8 +73,8 @@ def lines_to_know_all_about(script: str) -> int:
     return len(SOURCES[script].splitlines()) + below + HEADER_LINES
 
 
-# common.py had 999 lines after the redesign; right texts, the load check and the cache added 91, what a user meets 210.
-@pytest.mark.parametrize("name, budget", [("common", 1310), ("remax", 280), ("spr", 320)])
+# common.py had 999 lines after the redesign; right texts, the load check and the cache added 91, what a user meets 230.
+@pytest.mark.parametrize("name, budget", [("common", 1325), ("remax", 280), ("spr", 320)])
 def test_files_stay_within_their_lines(name, budget):
     assert len(SOURCES[name].splitlines()) <= budget
 
@@ -85,7 +85,7 @@ def test_lines_of_code_stay_light(name):
 
 
 def test_a_reader_soon_knows_all_about_one_script():
-    assert lines_to_know_all_about("remax") <= 1525
+    assert lines_to_know_all_about("remax") <= 1535
 
 
 @pytest.mark.parametrize(
