@@ -261,7 +261,7 @@ def response_hidden_states(model, prompts_BP, prompt_mask_BP, responses_BT):
 
 
 class ModelFunction(nn.Module):
-    """A Hugging Face model whose forward is one function. `whole` shares its weights; it decodes and is saved."""
+    """A Hugging Face model whose forward is one function. `whole`, which decodes and is saved, is the same tensors."""
 
     def __init__(self, model):
         super().__init__()
@@ -438,6 +438,7 @@ def function_from_file(spec) -> Callable[..., list[float]]:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+    sys.path.append(str(Path(path).parent))  # it may import its neighbours
     with shows_traceback(spec):
         names = runpy.run_path(path)
     if not callable(names.get(name)):
@@ -1206,7 +1207,8 @@ def check_flags(args):
             if (folder / value.partition(":")[0]).exists():  # else it is a hub name
                 setattr(args, field.name, os.path.abspath(folder / value))
             elif value.startswith("examples/") and not args.resume:
-                fail(f"--{field.name.replace('_', '-')}: {HERE} has no {value}: give your own")
+                flag = field.name.replace("_", "-")
+                fail(f"--{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
     if args.offload and args.zero_stage == 0:

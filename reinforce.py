@@ -137,7 +137,7 @@ def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma)
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean is the KL divergence
     mask_BT = mask_BT.to(rewards_B)
 
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
@@ -196,7 +196,7 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # the check in section 7 has a backend of its own
+    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
@@ -229,7 +229,7 @@ def main() -> None:
             baselines_B = leave_one_out(rewards_B, args.num_samples)
         score_time = time.perf_counter()
 
-        # 5. Update: one step. The loss's log-probabilities, detached, also give the KL penalty.
+        # 5. Update: one step. The policy is still the one that sampled: one forward serves the loss and the penalty.
         ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []

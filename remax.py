@@ -136,7 +136,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     """
     rewards_B = rewards_B.detach()
     baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean is the KL divergence
     mask_BT = mask_BT.to(rewards_B)
 
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
@@ -147,7 +147,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     for t in reversed(range(shaped_BT.shape[1])):
         return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
         returns_BT[:, t] = return_B
-    # The baseline is not discounted: γ^(length − t) would make it depend on token t and on those after it.
+    # The baseline is not discounted: γ^(length − t) depends on the rest of y, so such a baseline would bias.
     return (returns_BT - baseline_rewards_B[:, None]) * mask_BT  # ReMax, Algorithm 1
 
 
@@ -188,7 +188,7 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # the check in section 7 has a backend of its own
+    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
@@ -211,7 +211,7 @@ def main() -> None:
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=True)
-        sampled = responses[:B]  # the sampled rows come first, then the greedy rows
+        sampled = responses[:B]  # each prompt's samples come first, then one greedy row per prompt
         mask_BT = sampled.mask_BT
         rollout_time = time.perf_counter()
 
@@ -221,7 +221,7 @@ def main() -> None:
         baselines_B = rewards_R[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
         score_time = time.perf_counter()
 
-        # 5. Update: one step. The loss's log-probabilities, detached, also give the KL penalty.
+        # 5. Update: one step. The policy is still the one that sampled: one forward serves the loss and the penalty.
         ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []

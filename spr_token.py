@@ -267,7 +267,7 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # the check in section 7 has a backend of its own
+    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
         return common.load_policy(path, tokenizer, sampling, backend)
 
     policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)

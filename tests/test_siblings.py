@@ -166,8 +166,8 @@ def test_flags_come_in_the_same_order_everywhere():
 
 SECTIONS = [
     ("        metrics = dict(episodes", "        if eval_prompts and (update % args", "reinforce ppo"),
-    ("        if eval_prompts and (update % args", "\n    # 7. Save", "reinforce ppo spr spr_token"),
-    ("    # 7. Save, and check", "\nif __name__", "reinforce ppo spr spr_token"),
+    ("        if eval_prompts and (update % args", "\n    # 7. Save", " ".join(ROLLOUTS[1:])),
+    ("    # 7. Save, and check", "\nif __name__", " ".join(ROLLOUTS[1:])),
 ]
 
 
