@@ -792,7 +792,8 @@ def read_csv(path, text) -> Iterator[tuple[str, dict]]:
 def read_column(row, column, where) -> str | list[dict]:
     """A text or chat messages."""
     if column not in row:
-        fail(f"{where}: no column {column!r}; there are: {', '.join(map(str, row))} (the flags in -column name them)")
+        names = ", ".join(map(str, row)) or "no others"
+        fail(f"{where}: no column {column!r}; there are: {names} (the flags in -column name them)")
     value = row[column]
     try:
         if not isinstance(value, str):

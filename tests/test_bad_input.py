@@ -86,7 +86,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --zero-stage 4 | zero-stage
         --no-such-flag 1 | no-such-flag
         --total-episodes 4 --batch-size 8 | --total-episodes 4 is less than one update
-        --model no/such/model | no folder no/such/model here, and no hub model of that name could be reached
+        --model no/such/model --dataset examples/reviews/prompts.jsonl | no folder no/such/model here, and no hub model
         --dataset no.jsonl | no.jsonl: No such file
         --eval-dataset no.jsonl | no.jsonl: No such file
         --prompt-column text | no column 'text'; there are: prompt
@@ -121,8 +121,8 @@ WRONG_FLAGS = {  # script: flags | what is said
         --response-length 65 | is more than the 128 positions of""",
     "reward_model": """
         --chosen-column best | no column 'best'; there are:
-        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
-        --model no/such/model | no folder no/such/model here, and no hub model of that name could be reached""",
+        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: no others
+        --model no/such/model --dataset examples/reviews/preferences.jsonl | no folder no/such/model here""",
     "dpo": """
         --chosen-column best | no column 'best'; there are:
         --response-length 3 | no pair is left
