@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 
 import pytest
@@ -148,6 +149,31 @@ def test_real_prompts_with_a_real_small_model(tmp_path):
     assert_ok(run_script("remax.py", *flags))
     rows = read_metrics(tmp_path / "r")
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.03
+
+
+def test_a_shift_of_all_rewards_changes_nothing(tmp_path):
+    """A Bradley-Terry loss cannot see the zero of its scores, so neither may what is learned from them."""
+    code = """
+def reward(prompts, responses, **columns):
+    return [len(response) / 20 for response in responses]
+def shifted(prompts, responses, **columns):
+    return [score + 3 for score in reward(prompts, responses)]
+"""
+    (tmp_path / "f.py").write_text(code)
+    flags = "--total-episodes 24 --batch-size 8 --response-length 12 --eval-every 0 --learning-rate 1e-3".split()
+    weights = {}
+    for script in ("remax", "reinforce"):
+        for name in ("reward", "shifted"):
+            folder = tmp_path / f"{script}-{name}"
+            function = f"{tmp_path}/f.py:{name}"
+            assert run_here(script, *flags, "--reward-function", function, "--output-dir", folder) == 0
+            weights[script, name] = load_file(folder / "policy" / "model.safetensors")
+    rewards = [read_metrics(tmp_path / f"remax-{name}")[0]["reward"] for name in ("reward", "shifted")]
+    assert rewards[1] == pytest.approx(rewards[0] + 3, abs=1e-5)
+    for script, limit in (("remax", 1e-5), ("reinforce", math.inf)):
+        pairs = zip(weights[script, "reward"].values(), weights[script, "shifted"].values())
+        moved = max((a - b).abs().max().item() for a, b in pairs)
+        assert moved < limit and (script == "remax" or moved > 1e-3)  # without a baseline the shift is learned from
 
 
 # ---------------------------------------------------------------- reinforce.py and ppo.py
