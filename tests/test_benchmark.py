@@ -30,6 +30,7 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     assert 0 < row["ratio"] == pytest.approx(row["trace_remax"] / row["trace_reinforce"])
 
 
+@pytest.mark.slow
 def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
     import memory
     import scaling

@@ -1,10 +1,12 @@
 """Stages, micro-batches, ranks, nodes and offloading do not change the mathematics of the engine or of a script."""
 
+import functools
 import json
 import math
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -241,6 +243,12 @@ def assert_same_training(found, expected, rate="1e-3"):
         torch.testing.assert_close(found["weights"][name], weights, rtol=1e-6, atol=0.01 * float(rate))
 
 
+@functools.cache
+def on_one_rank(script):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(**case(script, folder, 0, 16))
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
@@ -249,7 +257,7 @@ def test_two_ranks_equal_one(tmp_path, offload):
     cases = [case(script, tmp_path / "two", stage, micro, more=more) for script, stage, micro in cells]
     results = forked(run_all, cases, ranks=2)
     for (script, *_), found in zip(cells, results, strict=True):
-        assert_same_training(found, run(**case(script, tmp_path / "one", 0, 16)))
+        assert_same_training(found, on_one_rank(script))
 
 
 def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path):
