@@ -4,8 +4,7 @@ About reinforcement learning: 1 rollout · 2 log-probabilities and values · 3 r
 About everything else: 5 models and DeepSpeed · 6 data · 7 the run · 8 flags, errors and processes.
 
 Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
-D width, R all rows of a rollout, N any number. Logits at position t predict token t + 1. A response mask is 1 up to
-and including the first EOS.
+D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the first EOS.
 """
 
 import contextlib
@@ -467,18 +466,21 @@ def shows_traceback(spec, note="") -> Iterator[None]:
 
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
-    responses = rollout(policy, deal_out(prompts), num_samples=0, greedy=True)
-    columns = {name: reward(responses) for name, reward in rewards.items()}
-    logprobs_BT = forward_all(policy, responses, micro_batch_size)
-    ref_logprobs_BT = forward_all(reference, responses, micro_batch_size)
-    columns["log_ratio"] = ((logprobs_BT - ref_logprobs_BT) * responses.mask_BT).sum(1)
-    columns["response_length"] = responses.mask_BT.sum(1)
-    if prompts[0].demonstration:
-        shown = rollout(policy, responses.prompts, num_samples=0, greedy=False, demonstrations=True)
-        logprobs_BT = forward_all(policy, shown, micro_batch_size)
-        columns["loss"] = -(logprobs_BT * shown.mask_BT).sum(1) / shown.mask_BT.sum(1)  # nats per token
-        columns |= {f"demonstration_{name}": reward(shown) for name, reward in rewards.items()}
-    return gather_rows(responses.rows(**columns))[: len(prompts)]
+    share = deal_out(prompts)
+    first = len(share) if share[0].demonstration else 0  # demonstrations come before the greedy rows
+    responses = rollout(policy, share, num_samples=0, greedy=True, demonstrations=first > 0)
+    rewards_R = {name: reward(responses) for name, reward in rewards.items()}
+    logprobs_RT = forward_all(policy, responses, micro_batch_size)
+    greedy = responses[first:]
+    ref_logprobs_BT = forward_all(reference, greedy, micro_batch_size)
+    columns = {name: scores_R[first:] for name, scores_R in rewards_R.items()}
+    columns["log_ratio"] = ((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1)
+    columns["response_length"] = greedy.mask_BT.sum(1)
+    if first:
+        means_R = (logprobs_RT * responses.mask_BT).sum(1) / responses.mask_BT.sum(1)
+        columns["loss"] = -means_R[:first]  # nats per token
+        columns |= {f"demonstration_{name}": scores_R[:first] for name, scores_R in rewards_R.items()}
+    return gather_rows(greedy.rows(**columns))[: len(prompts)]
 
 
 def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, float]:
@@ -493,8 +495,7 @@ def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, 
 
 
 def win_rate(rows: list[dict], rewards: list[float]) -> float:
-    margins = [row["reward"] - reward for row, reward in zip(rows, rewards)]
-    wins = [(margin > 0) + (margin >= 0) for margin in margins]  # a tie counts 1, a win 2
+    wins = [(row["reward"] > r) + (row["reward"] >= r) for row, r in zip(rows, rewards)]  # a tie counts 1, a win 2
     return sum(wins) / len(wins) / 2
 
 
@@ -836,8 +837,7 @@ def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
     prompts, lengths, num_empty, num_answers = [], [], 0, 0
     for where, row in load_rows(path, *hub):
         text, messages = read_prompt(row, column, where, tokenizer)
-        # A chat template writes its own special tokens.
-        ids = encode(tokenizer, text, add_special_tokens=messages is None)
+        ids = encode(tokenizer, text, add_special_tokens=messages is None)  # a chat template writes its own
         columns = {name: value for name, value in row.items() if name != column}
         num_answers += messages is not None and len(messages) < len(row[column])
         if text.strip() and ids:
@@ -1196,20 +1196,20 @@ PathOrName = typing.Annotated[str, lambda path: path != "", "a path"]
 def check_flags(args):
     """Refuses values that their types do not accept, and makes paths absolute: --resume works from any folder."""
     for field in dataclasses.fields(args):
+        flag = f"--{field.name.replace('_', '-')}"
         value = getattr(args, field.name)
         kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if hasattr(kind, "__metadata__")]
         if value is None or not kinds:
             continue
         accepts, expected = kinds[0].__metadata__
         if not accepts(value):
-            fail(f"--{field.name.replace('_', '-')} {value!r} is not {expected}")
+            fail(f"{flag} {value!r} is not {expected}")
         if kinds[0] == PathOrName:
             folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
             if (folder / value.partition(":")[0]).exists():  # else it is a hub name
                 setattr(args, field.name, os.path.abspath(folder / value))
             elif value.startswith("examples/") and not args.resume:
-                flag = field.name.replace("_", "-")
-                fail(f"--{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
+                fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
     if args.offload and args.zero_stage == 0:
