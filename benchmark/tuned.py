@@ -1,12 +1,14 @@
-"""Each method at its own best learning rate (and β), on two tasks, at equal numbers of generated responses.
+"""Each method at its own best learning rate (and β), at equal numbers of generated responses.
 
     python benchmark/tuned.py --stage tuning [--tasks reviews rule] [--methods …] [--jobs 2]
-    python benchmark/tuned.py --stage final
+    python benchmark/tuned.py --stage final [--tasks reviews] [--seeds 1 2 3 4 5]
+    python benchmark/tuned.py --table [--tasks reviews]
 
 The rules are in benchmark/README.md, "Tuned". `tuning` runs the grid on the seeds 101 and 102, `final` the chosen
-settings on the seeds 1 to 5; a run whose row is there is not repeated. At each evaluation the run's policy gives two
-samples to each of the task's held-out prompts: gold reward, reward and KL to the initial policy are measured on these,
-in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; `command` repeats the training.
+settings on fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two
+samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured
+on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; `command` repeats the training
+(the folders in runs/benchmark that some commands name are made by `final`).
 """
 
 import concurrent.futures
@@ -14,6 +16,7 @@ import itertools
 import json
 import os
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,34 +30,98 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+MADE = "runs/benchmark"  # reward models that the tasks below need
 sys.path.insert(0, str(ROOT))
 
-REVIEWS, RULE = "examples/reviews", "examples/guess_and_check"
-GOLD = dict(reviews=f"{REVIEWS}/sentiment.py:reward", rule=f"{RULE}/rule.py:reward")
-DATA = dict(
-    reviews=f"--dataset {REVIEWS}/prompts.jsonl --reward-model {REVIEWS}/reward_model",
-    rule=f"--dataset {RULE}/prompts.jsonl --reward-function {GOLD['rule']} --response-length 60",
+
+@dataclass
+class Task:
+    """`reward`, `pairs`, `policy` and `held_out`: as on the command line of a script."""
+
+    reward: str
+    pairs: str
+    policy: str
+    held_out: str
+    gold: str
+    kl_coef: float
+    most_kl: float  # of settings that may be chosen
+    betas: dict[str, tuple]
+    length: int = 48  # tokens of the responses that are measured
+    like: str = ""  # the task whose chosen settings are used
+    times: int = 1  # how many times the episodes of METHODS
+
+
+def reviews(reward_model="examples/reviews/reward_model", like="reviews", times=1) -> Task:
+    folder = "examples/reviews"
+    return Task(
+        reward=f"--dataset {folder}/prompts.jsonl --reward-model {reward_model}",
+        pairs=f"--dataset {folder}/preferences.jsonl",
+        policy=f"{folder}/policy",
+        held_out=f"{folder}/prompts_test.jsonl",
+        gold=f"{folder}/sentiment.py:reward",
+        kl_coef=0.05,
+        most_kl=20.0,
+        betas=dict(spr=(0.3, 1.0, 3.0), dpo=(0.03, 0.1, 0.3)),
+        like=like,
+        times=times,
+    )
+
+
+RULE, SHARED = "examples/guess_and_check", "../shared"
+TASKS = dict(
+    reviews=reviews(),
+    rule=Task(
+        reward=f"--dataset {RULE}/prompts.jsonl --reward-function {RULE}/rule.py:reward --response-length 60",
+        pairs=f"--dataset {RULE}/preferences.jsonl --response-length 60",
+        policy=f"{RULE}/policy",
+        held_out=f"{RULE}/prompts_test.jsonl",
+        gold=f"{RULE}/rule.py:reward",
+        kl_coef=0.0,
+        most_kl=5.0,
+        betas=dict(spr=(0.1, 0.3, 1.0), dpo=(0.03, 0.1, 0.3)),
+        length=60,
+        like="rule",
+    ),
+    # Real text, which is not in the repository. The reward is the counted sentiment, as spread as that of `reviews`.
+    imdb=Task(
+        reward=f"--dataset {SHARED}/data/imdb_prompts.jsonl --reward-function benchmark/imdb_reward.py:reward"
+        " --max-prompt-length 32 --response-length 24",
+        pairs=f"--dataset {SHARED}/data/imdb_preferences.jsonl --response-length 96",
+        policy=f"{SHARED}/models/imdb-mini",
+        held_out=f"{SHARED}/data/imdb_preferences_8words.jsonl",
+        gold=f"{SHARED}/rewards/imdb_sentiment.py:reward",
+        kl_coef=0.05,
+        most_kl=20.0,
+        betas={},
+        length=24,
+        like="reviews",
+    ),
 )
-PAIRS = dict(reviews=f"--dataset {REVIEWS}/preferences.jsonl", rule=f"--dataset {RULE}/preferences.jsonl")
-POLICY = dict(reviews=f"{REVIEWS}/policy", rule=f"{RULE}/policy")
-HELD_OUT = dict(reviews=f"{REVIEWS}/prompts_test.jsonl", rule=f"{RULE}/prompts_test.jsonl")
-KL_COEF = dict(reviews=0.05, rule=0.0)
-MOST_KL = dict(reviews=20.0, rule=5.0)
+SHIFTS = {"reviews, rewards + 3.1": 3.1, "reviews, rewards + 9.3": 9.3}  # one and three standard deviations
+TASKS |= {task: reviews(f"{MADE}/reward_model_plus_{shift}") for task, shift in SHIFTS.items()}
+PAIRS = {"reviews for long, 300 pairs": 300, "reviews for long, 1000 pairs": 1000}
+TASKS |= {task: reviews(f"{MADE}/reward_model_of_{pairs}", times=3) for task, pairs in PAIRS.items()}
+TASKS["reviews for long, all pairs"] = reviews(times=3)
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-BETAS = dict(spr=dict(reviews=(0.3, 1.0, 3.0), rule=(0.1, 0.3, 1.0)))
-BETAS["dpo"] = dict(reviews=(0.03, 0.1, 0.3), rule=(0.03, 0.1, 0.3))
-# 6,400 generated responses, greedy ones included: 100 updates of 64, or 4 iterations of 1,600.
+# 6,400 generated responses, greedy ones included: 100 updates of 64, or 4 iterations of 1,600. Flags, then episodes.
 METHODS = {
-    "reinforce": "reinforce.py --batch-size 64 --total-episodes 6400",
-    "rloo, N = 4": "reinforce.py --baseline leave-one-out --num-samples 4 --batch-size 16 --total-episodes 1600",
-    "remax": "remax.py --batch-size 32 --total-episodes 3200",
-    "remax, N = 3": "remax.py --num-samples 3 --batch-size 16 --total-episodes 1600",
-    "ppo, 1 epoch": "ppo.py --num-epochs 1 --batch-size 64 --total-episodes 6400",
-    "ppo, 4 epochs": "ppo.py --num-epochs 4 --batch-size 64 --total-episodes 6400",
-    "spr": "spr.py --num-samples 8 --batch-size 200 --total-episodes 800",
-    "best-of-n": "spr.py --weighting best-of-n --num-samples 8 --batch-size 200 --total-episodes 800",
-    "dpo": "dpo.py",
+    "reinforce": ("reinforce.py --batch-size 64", 6400),
+    "rloo, N = 4": ("reinforce.py --baseline leave-one-out --num-samples 4 --batch-size 16", 1600),
+    "remax": ("remax.py --batch-size 32", 3200),
+    "remax, N = 3": ("remax.py --num-samples 3 --batch-size 16", 1600),
+    "remax, fitted": ("benchmark/fitted.py --batch-size 32", 3200),
+    "ppo, 1 epoch": ("ppo.py --num-epochs 1 --batch-size 64", 6400),
+    "ppo, 4 epochs": ("ppo.py --num-epochs 4 --batch-size 64", 6400),
+    "spr": ("spr.py --num-samples 8 --batch-size 200", 800),
+    "best-of-n": ("spr.py --weighting best-of-n --num-samples 8 --batch-size 200", 800),
+    "dpo": ("dpo.py", 0),
+}
+SIZES = {  # at the settings that were chosen for N = 8
+    "spr, N = 4": ("spr.py --num-samples 4 --batch-size 400", 1600),
+    "spr, N = 16": ("spr.py --num-samples 16 --batch-size 100", 400),
+    "best-of-n, N = 4": ("spr.py --weighting best-of-n --num-samples 4 --batch-size 400", 1600),
+    "best-of-n, N = 16": ("spr.py --weighting best-of-n --num-samples 16 --batch-size 100", 400),
 }
 
 
@@ -63,25 +130,29 @@ class Args:
     stage: Literal["tuning", "final"] = "tuning"
     """The grid on the tuning seeds, or the chosen settings on fresh ones."""
     tasks: tuple[str, ...] = ("reviews", "rule")
-    """Tasks, in turn."""
+    """Names of TASKS."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Names of METHODS."""
+    """Names of METHODS or SIZES."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Seeds of the final runs."""
     jobs: int = 2
     """Runs at a time, of one thread each."""
+    table: bool = False
+    """Run nothing, print the table of the final rows."""
     results: Path = HERE / "results" / "tuned.jsonl"
     """File that the results are appended to."""
 
 
 def command_of(task, method, rate, beta, seed) -> str:
-    script, *flags = METHODS[method].split()
-    flags += PAIRS[task].split() if method == "dpo" else DATA[task].split()
-    flags += ["--response-length", "60"] if (method, task) == ("dpo", "rule") else []
-    flags += ["--kl-coef", KL_COEF[task]] if script in ("remax.py", "reinforce.py", "ppo.py") else []
-    flags += ["--beta", beta] if beta else []
-    flags += ["--model", POLICY[task], "--learning-rate", rate, "--seed", seed]
-    if method != "dpo":  # whose held-out rows are pairs of its data
-        flags += ["--eval-dataset", HELD_OUT[task]]
-    return " ".join(map(str, ["python", script, *flags]))
+    flags, episodes = (METHODS | SIZES)[method]
+    where = TASKS[task]
+    words = ["python", flags]
+    words += [f"--total-episodes {episodes * where.times} {where.reward}"] if episodes else [where.pairs]
+    words += [f"--kl-coef {where.kl_coef}"] if not flags.startswith(("spr.py", "dpo.py")) else []
+    words += [f"--beta {beta}"] if beta else []
+    words += [f"--model {where.policy} --learning-rate {rate} --seed {seed}"]
+    words += [f"--eval-dataset {where.held_out}"] if episodes else []  # dpo.py's held-out rows are pairs of its data
+    return " ".join(words)
 
 
 # ---------------------------------------------------------------- One run
@@ -91,6 +162,7 @@ def watch(task, path, script, *flags) -> None:
     """The script's own run; at each evaluation a line to the file at `path`."""
     import common
 
+    where = TASKS[task]
     started, spent, evaluate, held_out = time.process_time(), [0.0], common.evaluate, []
 
     def watched(policy, reference, prompts, rewards, micro_batch_size):
@@ -99,19 +171,27 @@ def watch(task, path, script, *flags) -> None:
         if not held_out:
             backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False, micro_batch_size)
             length = policy.sampling.max_prompt_length
-            data = common.load_prompts(str(ROOT / HELD_OUT[task]), (None, "train"), "prompt", policy.tokenizer, length)
-            model = None if task == "rule" else str(ROOT / REVIEWS / "reward_model")
-            gold = str(ROOT / GOLD[task])
-            held_out.append((data, common.Reward(model, None if model else gold, 0.0, backend), gold, backend))
-        data, reward, gold, backend = held_out[0]
+            data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
+            words = where.reward.split()
+            model = words[words.index("--reward-model") + 1] if "--reward-model" in words else None
+            function = None if model else words[words.index("--reward-function") + 1]
+            held_out.append(data[:200])
+            held_out.append(common.Reward(model, function, 0.0, backend))
+            held_out.append(common.Reward(None, where.gold, 0.0, backend))
+        prompts, reward, gold = held_out[:3]
         common.set_seed(7)
-        responses = common.rollout(policy, data, num_samples=2, greedy=True)
-        sampled = responses[: 2 * len(data)]
+        usual, policy.sampling.response_length = policy.sampling.response_length, where.length
+        responses = common.rollout(policy, prompts, num_samples=2, greedy=True)
+        policy.sampling.response_length = usual
+        sampled = responses[: 2 * len(prompts)]
         logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 64) for model in (policy, reference))
-        golds_R = common.Reward(None, gold, 0.0, backend)(responses)
+        golds_R = gold(responses)
+        golds_B = golds_R[: len(sampled.texts)]
+        held_out.append(golds_B)  # the first are the initial policy's
         point = dict(
-            gold=golds_R[: len(sampled.texts)].mean().item(),
+            gold=golds_B.mean().item(),
             reward=reward(sampled).mean().item(),
+            win_rate=((golds_B > held_out[3]).float() + (golds_B >= held_out[3]).float()).mean().item() / 2,
             kl=((logprobs_BT - ref_logprobs_BT) * sampled.mask_BT).sum(1).mean().item(),
             greedy_gold=golds_R[len(sampled.texts) :].mean().item(),
             length=sampled.mask_BT.sum(1).float().mean().item(),
@@ -129,7 +209,9 @@ def watch(task, path, script, *flags) -> None:
 
 def run(task, method, rate, beta, seed, tuning) -> dict:
     command = command_of(task, method, rate, beta, seed)
-    every = dict(spr=1, dpo=13).get(METHODS[method].split(".")[0], 10)
+    every = TASKS[task].times * 10  # updates
+    if command.startswith(("python spr.py", "python dpo.py")):
+        every = 1 if "spr.py" in command else 13
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import tuned; tuned.watch(*sys.argv[1:])"
         words = [sys.executable, "-c", code, task, f"{folder}/points.jsonl", *command.split()[1:]]
@@ -143,37 +225,86 @@ def run(task, method, rate, beta, seed, tuning) -> dict:
     return points[-1] | dict(peak_memory_mb=round(metrics[-1]["peak_memory_bytes"] / 2**20), points=points)
 
 
+def make_reward_model(task) -> None:
+    """The example's reward model with all scores shifted, or one that has learned from its first pairs alone."""
+    if task in SHIFTS:
+        folder = ROOT / MADE / f"reward_model_plus_{SHIFTS[task]}"
+        if not folder.exists():
+            shutil.copytree(ROOT / "examples/reviews/reward_model", folder)
+            config = json.loads((folder / "config.json").read_text())
+            config["reward_mean"] -= SHIFTS[task]  # which is taken from every score
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
+    elif task in PAIRS:
+        folder = ROOT / MADE / f"reward_model_of_{PAIRS[task]}"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            pairs = folder.with_suffix(".jsonl")
+            lines = (ROOT / "examples/reviews/preferences.jsonl").read_text().splitlines(keepends=True)
+            pairs.write_text("".join(lines[: PAIRS[task]]))
+            with tempfile.TemporaryDirectory() as out:
+                words = [sys.executable, "reward_model.py", "--dataset", str(pairs), "--output-dir", out]
+                words += ["--model", "examples/reviews/policy", "--eval-size", "50"]
+                environment = os.environ | dict(OMP_NUM_THREADS="1")
+                subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
+                shutil.copytree(f"{out}/reward_model", folder)
+
+
 # ---------------------------------------------------------------- Which runs
 
 
 def grid(task, method) -> list[tuple]:
     """(learning rate, β or None), all that are tried first."""
-    betas = BETAS[method][task] if method in BETAS else [None]
-    return list(itertools.product(RATES, betas))
+    return list(itertools.product(RATES, TASKS[task].betas.get(method, [None])))
 
 
 def chosen(results, task, method) -> tuple:
     """The setting with the highest mean gold reward of samples, of those whose KL stays below the task's limit."""
-    means = {}
+    task, method, means = TASKS[task].like, method.split(",")[0] if method in SIZES else method, {}
     for setting in grid(task, method):
         rows = [row for row in results if row["tuning"] and (row["task"], row["method"]) == (task, method)]
         rows = [row for row in rows if (row["learning_rate"], row["beta"]) == setting]
-        if len(rows) == 2 and not any("failed" in row or row["kl"] >= MOST_KL[task] for row in rows):
+        if len(rows) == 2 and not any("failed" in row or row["kl"] >= TASKS[task].most_kl for row in rows):
             means[setting] = statistics.fmean(row["gold"] for row in rows)
     return max(means, key=means.get)
+
+
+def table(results, task) -> str:
+    """Mean ± standard deviation over the seeds, at the end; the first line is the policy from which all start."""
+    columns = dict(gold="gold reward", reward="reward", kl="KL", win_rate="win rate", greedy_gold="greedy gold")
+    columns |= dict(length="tokens", cpu_seconds="CPU seconds", peak_memory_mb="peak MB")
+    digits = dict(kl=1, length=1, cpu_seconds=0, peak_memory_mb=0)
+    lines = ["| method | " + " | ".join(columns.values()) + " | learning rate | β |", "|---" * 11 + "|"]
+    rows = [row for row in results if row["task"] == task and not row["tuning"]]
+    for method in [None, *METHODS, *SIZES]:
+        group = [row for row in rows if row["method"] == method] if method else rows[:1]
+        if not group:
+            continue
+        ends = group if method else [rows[0]["points"][0] | dict(learning_rate=None, beta=None)]
+        cells = []
+        for name in columns:
+            values = [end[name] for end in ends if name in end]
+            spread = f" ± {statistics.stdev(values):.{digits.get(name, 2)}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.{digits.get(name, 2)}f}{spread}" if values else "")
+        cells += [f"{ends[0][name]:g}" if ends[0][name] else "" for name in ("learning_rate", "beta")]
+        lines.append(f"| {f'{method} ({len(ends)} seeds)' if method else 'before'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = tyro.cli(Args)
     path = args.results
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if args.table:
+        print("\n\n".join(f"{task}\n\n{table(results, task)}" for task in args.tasks))
+        return
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     done = {row["command"] for row in results}
     tuning = args.stage == "tuning"
-    seeds = (101, 102) if tuning else range(1, 6)
     todo = []
     for task, method in itertools.product(args.tasks, args.methods):
+        make_reward_model(task)
         settings = grid(task, method) if tuning else [chosen(results, task, method)]
+        seeds = (101, 102) if tuning else args.seeds
         todo += [(task, method, *setting, seed) for seed, setting in itertools.product(seeds, settings)]
     todo = [key for key in todo if command_of(*key) not in done]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
