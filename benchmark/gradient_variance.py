@@ -1,14 +1,19 @@
-"""How noisy are the gradients of REINFORCE and of ReMax at the same parameters, on the same sampled responses?
+"""How noisy is the gradient of one update with each baseline, at the same parameters and on the same responses?
 
-    python benchmark/gradient_variance.py --policies examples/reviews/policy runs/…/policy [--batches 100]
+    python benchmark/gradient_variance.py [--tasks reviews rule] [--batches 50]
 
-For each policy: the gradient of many batches, once with each script's own `advantages` and `policy_loss`; the trace of
-their covariance (the expected squared distance from the mean gradient); the ratio ReMax / REINFORCE with a bootstrap
-interval over batches. Below 1 the greedy baseline helps. Appends to benchmark/results/gradient_variance.jsonl.
+Policies: the initial one, and those after 1,600 and 3,200 prompts of ReMax at its setting in tuned.jsonl (two runs,
+made in runs/benchmark). For each: the gradients of many batches of 64 prompts with one sampled and one greedy response
+each, by remax.py's `advantages` and `policy_loss` with each baseline, and of as many batches of RLOO with as many
+generated responses (32 prompts, four samples each); the trace of each gradient's covariance, relative to no baseline,
+with a bootstrap interval over batches. Appends to benchmark/results/gradient_variance.jsonl.
 """
 
 import json
+import os
+import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +21,11 @@ import torch
 import tyro
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+import tuned  # noqa: E402
+from fitted import fitted_baselines  # noqa: E402
+
 import common  # noqa: E402
 import reinforce  # noqa: E402
 import remax  # noqa: E402
@@ -24,9 +33,11 @@ import remax  # noqa: E402
 
 @dataclass
 class Args:
-    policies: tuple[str, ...] = (str(HERE.parent / "examples/reviews/policy"),)
-    """Folders of the policies at which to compare; the reference is always the example's initial one."""
-    batches: int = 100
+    tasks: tuple[str, ...] = ("reviews", "rule")
+    """Names of tasks of tuned.py."""
+    episodes: tuple[int, ...] = (0, 1600, 3200)
+    """Prompts that the policies have been trained on."""
+    batches: int = 50
     """Batches per policy."""
     batch_size: int = 64
     """Prompts per batch."""
@@ -34,9 +45,42 @@ class Args:
     """File that the results are appended to."""
 
 
-def flat_gradient(loss: torch.Tensor, parameters: list) -> torch.Tensor:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-    return torch.cat([g.flatten() for g in gradients])
+def baselines(rewards_B, greedy_B) -> dict[str, torch.Tensor]:
+    def others(x_B):
+        return (x_B.sum() - x_B) / (len(x_B) - 1)
+
+    return {
+        "no baseline": torch.zeros_like(rewards_B),
+        "batch mean": others(rewards_B),
+        "greedy (ReMax)": greedy_B,
+        "greedy, c = 1/2": others(rewards_B) + (greedy_B - others(greedy_B)) / 2,
+        "greedy, c = 1": others(rewards_B) + greedy_B - others(greedy_B),
+        "greedy, c fitted": fitted_baselines(rewards_B, greedy_B),
+    }
+
+
+def trained(task, episodes) -> str:
+    """The folder of a policy that ReMax has trained for so many prompts."""
+    if episodes == 0:
+        return str(ROOT / tuned.TASKS[task].policy)
+    folder = ROOT / tuned.MADE / f"{task}_{episodes}"
+    if not folder.exists():
+        results = [json.loads(line) for line in (HERE / "results" / "tuned.jsonl").read_text().splitlines()]
+        command = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
+        command = command.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
+        command = [sys.executable, *command[1:], "--eval-every", "0", "--output-dir", str(folder)]
+        subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), check=True, capture_output=True)
+    return str(folder / "policy")
+
+
+def gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, kl_coef) -> torch.Tensor:
+    """One update's, as one vector."""
+    logprobs_BT, mask_BT = common.forward(policy, sampled), sampled.mask_BT
+    rest = (logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, 1.0)
+    advantages_BT = remax.advantages(rewards_B, baselines_B, *rest)
+    loss = remax.policy_loss(logprobs_BT, advantages_BT, mask_BT, len(rewards_B))
+    parts = torch.autograd.grad(loss, list(policy.parameters()))
+    return torch.cat([part.flatten() for part in parts])
 
 
 def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
@@ -47,55 +91,59 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     args = tyro.cli(Args)
-    flags = remax.Args(micro_batch_size=args.batch_size)
-    common.check_flags(flags)  # makes the example's paths absolute
-    backend = common.start_processes(flags)
-    tokenizer = common.load_tokenizer(flags.model)
-    sampling = common.Sampling(flags.max_prompt_length, flags.response_length, 1.0, 2 * args.batch_size)
-    reference = common.freeze(common.load_policy(flags.model, tokenizer, sampling, backend), backend)
-    prompts = common.load_prompts(flags.dataset, (None, "train"), "prompt", tokenizer, flags.max_prompt_length)
-    reward = common.Reward(flags.reward_model, None, 0.0, backend)
-    for path in args.policies:
-        policy = common.load_policy(path, tokenizer, sampling, backend).to(backend.device)
-        parameters = list(policy.parameters())
-        gradients = {"reinforce": [], "remax": []}
-        baselines, rewards = [], []
-        for batch in range(args.batches):
-            common.set_seed(0, batch)
-            indices = common.shuffled_indices(len(prompts), 0, batch * args.batch_size, args.batch_size)
-            batch_prompts = [prompts[i] for i in indices]
-            both = common.rollout(policy, batch_prompts, num_samples=1, greedy=True)
-            rewards_B, baseline_rewards_B = reward(both).chunk(2)  # the sampled rows, then the greedy rows
-            sampled = both[: args.batch_size]
-            logprobs_BT, mask_BT = common.forward(policy, sampled), sampled.mask_BT
-            ref_logprobs_BT = common.forward_all(reference, sampled, args.batch_size)
-            rest = (logprobs_BT, ref_logprobs_BT, mask_BT, flags.kl_coef, flags.gamma)
-            plain_BT = reinforce.advantages(rewards_B, *rest)
-            less_BT = remax.advantages(rewards_B, baseline_rewards_B, *rest)
-            for name, script, advantages_BT in (("reinforce", reinforce, plain_BT), ("remax", remax, less_BT)):
-                loss = script.policy_loss(logprobs_BT, advantages_BT, mask_BT, args.batch_size)
-                gradients[name].append(flat_gradient(loss, parameters))
-            rewards.append(rewards_B)
-            baselines.append(baseline_rewards_B)
-        grams = {}
-        for name, vectors in gradients.items():
-            stacked = torch.stack(vectors)
-            grams[name] = (stacked @ stacked.T).double()
-        ratio = (trace_of_covariance(grams["remax"]) / trace_of_covariance(grams["reinforce"])).item()
-        generator, draws = torch.Generator().manual_seed(0), []
-        for _ in range(2000):
-            pick = torch.randint(args.batches, (args.batches,), generator=generator)
-            traces = [trace_of_covariance(grams[name][pick][:, pick]) for name in ("remax", "reinforce")]
-            draws.append((traces[0] / traces[1]).item())
-        low, high = (sorted(draws)[i] for i in (50, 1949))
-        mean, baseline = torch.cat(rewards).mean().item(), torch.cat(baselines).mean().item()
-        row = dict(policy=path, batches=args.batches, batch_size=args.batch_size, ratio=ratio, low=low, high=high)
-        row |= {f"trace_{name}": trace_of_covariance(gram).item() for name, gram in grams.items()}
-        row |= dict(reward=mean, reward_std=torch.cat(rewards).std().item(), greedy_reward=baseline)
-        with open(args.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{path}: variance of ReMax / REINFORCE {ratio:.2f} (95% interval {low:.2f} to {high:.2f}),", end=" ")
-        print(f"reward {mean:.2f} ± {row['reward_std']:.2f}, greedy {baseline:.2f}", flush=True)
+    flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for task in args.tasks:
+        where = tuned.TASKS[task]
+        words = where.reward.split()
+        kind, path = words[2:4]
+        scoring = (path, None) if kind == "--reward-model" else (None, path)
+        tokenizer = common.load_tokenizer(where.policy)
+        sampling = common.Sampling(64, where.length, 1.0, 128)
+        prompts = common.load_prompts(str(ROOT / words[1]), (None, "train"), "prompt", tokenizer, 64)
+        reward = common.Reward(*scoring, 0.0, backend)
+        reference = common.freeze(common.load_policy(where.policy, tokenizer, sampling, backend), backend)
+        for episodes in args.episodes:
+            policy = common.load_policy(trained(task, episodes), tokenizer, sampling, backend)
+            gradients, rewards, greedy_rewards = {}, [], []
+
+            for batch in range(args.batches):
+                common.set_seed(0, batch)
+                numbers = common.shuffled_indices(len(prompts), 0, batch * args.batch_size, args.batch_size)
+                some = [prompts[i] for i in numbers]
+                responses = common.rollout(policy, some, num_samples=1, greedy=True)
+                rewards_B, greedy_B = reward(responses).chunk(2)  # the sampled rows, then the greedy rows
+                sampled = responses[: args.batch_size]
+                ref_logprobs_BT = common.forward_all(reference, sampled, args.batch_size)
+                for name, baselines_B in baselines(rewards_B, greedy_B).items():
+                    vector = gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, where.kl_coef)
+                    gradients.setdefault(name, []).append(vector)
+                four = common.rollout(policy, some[::2], num_samples=4, greedy=False)
+                fours_B = reward(four)
+                ref_logprobs_BT = common.forward_all(reference, four, args.batch_size)
+                baselines_B = reinforce.leave_one_out(fours_B, 4)
+                vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, where.kl_coef)
+                gradients.setdefault("RLOO, N = 4, as many responses", []).append(vector)
+                rewards.append(rewards_B)
+                greedy_rewards.append(greedy_B)
+
+            grams = {name: torch.stack(vectors) for name, vectors in gradients.items()}
+            grams = {name: (stacked @ stacked.T).double() for name, stacked in grams.items()}
+            generator = torch.Generator().manual_seed(0)
+            picks = [torch.randint(args.batches, (args.batches,), generator=generator) for _ in range(2000)]
+            nones = [trace_of_covariance(grams["no baseline"][pick][:, pick]) for pick in picks]
+            for name, gram in grams.items():
+                ratio = trace_of_covariance(gram) / trace_of_covariance(grams["no baseline"])
+                draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
+                row = dict(task=task, method=name, seed=0, episodes=episodes, flags=" ".join(sys.argv[1:]))
+                row |= dict(commit=git.stdout.strip(), tuning=False, batches=args.batches, batch_size=args.batch_size)
+                row |= dict(ratio=ratio.item(), low=draws[50].item(), high=draws[1949].item())
+                row |= dict(reward=torch.cat(rewards).mean().item(), reward_std=torch.cat(rewards).std().item())
+                row |= dict(greedy_reward=torch.cat(greedy_rewards).mean().item())
+                with open(args.results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{task}, {episodes}: {name} {ratio:.3f} ({draws[50]:.3f} to {draws[1949]:.3f})", flush=True)
 
 
 if __name__ == "__main__":
