@@ -9,7 +9,6 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -19,8 +18,19 @@ PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training
 NAMES = {"remax": "ReMax", "reinforce": "REINFORCE", "ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
 NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
 NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
-METHODS = {"REINFORCE": "#999999", "RLOO, N = 2, equal prompts": "#6acc65", "ReMax": "#d65f5f"}
-METHODS |= {"PPO, 1 epoch": "#4878cf", "PPO, 4 epochs": "#b47cc7"}
+# Label, colour, line and marker of each method of tuned.py.
+METHODS = {
+    "reinforce": ("REINFORCE", "#999999", ":", "o"),
+    "rloo, N = 4": ("RLOO, N = 4", "#59a14f", "-", "s"),
+    "remax": ("ReMax", "#c0182a", "-", "o"),
+    "remax, N = 3": ("ReMax, N = 3", "#c0182a", "--", "v"),
+    "remax, fitted": ("ReMax, fitted baseline", "#f28e2b", "-", "^"),
+    "ppo, 1 epoch": ("PPO, 1 epoch", "#2f5fa8", "--", "D"),
+    "ppo, 4 epochs": ("PPO, 4 epochs", "#2f5fa8", "-", "D"),
+    "spr": ("SPR", "#6a2c91", "-", "P"),
+    "best-of-n": ("Best-of-N", "#b59ac9", "--", "X"),
+    "dpo": ("DPO", "#000000", "-", "*"),
+}
 RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
 RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
 RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
@@ -94,30 +104,88 @@ def first_run():
     return figure
 
 
-def learning():
-    """Reward of sampled responses against episodes and against seconds: mean and standard deviation over seeds."""
-    rows = read("compare.jsonl")
-    columns = {0: "prompts", 3: "seconds of rollout, scoring and training"}
-    columns = {i: name for i, name in columns.items() if all(len(row["curve"][0]) > i for row in rows)}  # old files: 3
-    figure, axes = plt.subplots(1, len(columns), figsize=(4.5 * len(columns), 2.8), sharey=True, layout="constrained")
-    axes = np.atleast_1d(axes)
-    for method, colour in METHODS.items():
-        curves = [row["curve"] for row in rows if row["method"] == method]
-        for axis, column in zip(axes, columns, strict=True):
-            x, mean, low, high = [], [], [], []
-            for points in zip(*curves, strict=True):  # one point of each seed
-                window = [point[1] for point in points]
-                spread = statistics.stdev(window) if len(window) > 1 else 0.0
-                x.append(statistics.fmean(point[column] for point in points))
-                mean.append(statistics.fmean(window))
-                low.append(mean[-1] - spread)
-                high.append(mean[-1] + spread)
-            axis.plot(x, mean, color=colour, label=method, linewidth=1)
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    for axis, name in zip(axes, columns.values(), strict=True):
-        axis.set_xlabel(name, fontsize=8)
-    axes[0].set_title("reward, mean ± standard deviation over seeds", fontsize=9)
-    axes[0].legend(fontsize=7)
+def mean_and_spread(runs: list[list[dict]], name: str) -> tuple[list[float], list[float]]:
+    """Over the runs, at each of their points."""
+    values = [[point[name] for point in points] for points in zip(*runs, strict=True)]
+    return [statistics.fmean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+
+def draw(axis, runs: list[list[dict]], x: str, y: str, label: str, colour: str, line: str, marker: str):
+    """A line through the runs' means; at its end a marker with the standard deviations."""
+    (xs, x_spreads), (ys, y_spreads) = (mean_and_spread(runs, name) for name in (x, y))
+    axis.plot(xs, ys, color=colour, linestyle=line, linewidth=1.3, marker=".", markersize=3)
+    spreads = dict(xerr=x_spreads[-1], yerr=y_spreads[-1], elinewidth=0.7)
+    axis.errorbar(xs[-1], ys[-1], **spreads, color=colour, marker=marker, markersize=6, linestyle=line, label=label)
+
+
+def tuned_runs(task: str) -> dict[str, list[dict]]:
+    """Method -> the final rows of tuned.jsonl that have not failed."""
+    runs = {}
+    for row in read("tuned.jsonl"):
+        if row["task"] == task and not row["tuning"] and "points" in row:
+            runs.setdefault(row["method"], []).append(row)
+    return runs
+
+
+def frontier(task: str, gold: str):
+    """Gold reward against KL and against CPU seconds, along training, all methods."""
+    runs = tuned_runs(task)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, layout="constrained")
+    titles = dict(kl="KL to the initial policy, nats per response", cpu_seconds="CPU seconds of the run, one thread")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for method, style in METHODS.items():
+            if method in runs:
+                draw(axis, [row["points"] for row in runs[method]], name, "gold", *style)
+        axis.set_xlabel(title, fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"{gold}, sampled responses", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
+    return figure
+
+
+def samples():
+    """SPR and Best-of-N with 4, 8 and 16 samples per prompt beside DPO and PPO, by responses generated so far."""
+    runs = tuned_runs("reviews")
+    lines = {"spr, N = 4": ("SPR, N = 4", "#b59ac9", "-", "v"), "spr": ("SPR, N = 8", "#6a2c91", "-", "P")}
+    lines |= {"spr, N = 16": ("SPR, N = 16", "#2b0f3f", "-", "^")}
+    lines |= {"best-of-n, N = 4": ("Best-of-N, N = 4", "#f5b981", "--", "v")}
+    lines |= {"best-of-n": ("Best-of-N, N = 8", "#f28e2b", "--", "P")}
+    lines |= {"best-of-n, N = 16": ("Best-of-N, N = 16", "#a4540b", "--", "^")}
+    lines |= {"ppo, 1 epoch": METHODS["ppo, 1 epoch"], "ppo, 4 epochs": METHODS["ppo, 4 epochs"]}
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    titles = dict(gold="gold reward (−1 to 1)", win_rate="win rate against the initial policy, by gold reward")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for method, style in lines.items():
+            if method in runs:
+                points = [row["points"] for row in runs[method]]
+                number = len(points[0]) - 1
+                points = [[point | dict(seen=6400 * i / number) for i, point in enumerate(run)] for run in points]
+                draw(axis, points, "seen", name, *style)
+        if "dpo" in runs:
+            mean = statistics.fmean(row[name] for row in runs["dpo"])
+            axis.axhline(mean, color="black", linewidth=0.8, linestyle="-.", label="DPO, at its end")
+        axis.set_xlabel("generated responses", fontsize=9)
+        axis.set_ylabel(title, fontsize=9)
+        axis.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
+    return figure
+
+
+def over_optimisation():
+    """Gold reward against the reward that is trained on, along long runs, by the reward model's training pairs."""
+    sizes = {"300": "300 pairs", "1000": "1,000 pairs", "all": "all 2,083 pairs"}
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True, layout="constrained")
+    for axis, (size, title) in zip(axes, sizes.items(), strict=True):
+        runs = tuned_runs(f"reviews for long, {size} pairs")
+        for method in ("remax", "ppo, 1 epoch", "spr", "best-of-n"):
+            if method in runs:
+                draw(axis, [row["points"] for row in runs[method]], "reward", "gold", *METHODS[method])
+        axis.set_title(f"reward model trained on {title}", fontsize=9)
+        axis.set_xlabel("its reward, sampled responses", fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("gold reward (−1 to 1)", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     return figure
 
 
@@ -148,8 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
-    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory(), learning=learning())
-    figures["guess_and_check"] = guess_and_check()
+    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory())
+    figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
+    figures["frontier"] = frontier("reviews", "gold reward (−1 to 1)")
+    figures["frontier_rule"] = frontier("rule", "share of right answers")
     for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)

@@ -6,7 +6,8 @@ It runs the script's own main() on random weights (or on the model that you name
 that all responses have full length, and takes the time inside the functions of common.py that main() calls. Then, in
 the same process, the floor: one decode loop with a cache, one forward of the reward model, one of the reference over
 response positions only, forward and backward and an optimizer step per epoch, each written with bare calls of
-transformers and torch, without masks, text or engine. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
+transformers and torch, without masks, text or engine. `product_cpu_s`: the update's multiply-adds at the speed of a
+large matrix product, which nothing undercuts. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
 (`median_s`) on a GPU.
 
 An update of `spr` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer step; its
@@ -216,6 +217,38 @@ def floor(args: Args, saved: dict, model: str, reward_model: str, prompts_BP, le
     return parts
 
 
+def multiply_adds(args: Args, config, B: int, P: int, T: int) -> float:
+    """Of one update: all products with weights and with the keys and values of earlier tokens."""
+    L, D, V, S = config.num_hidden_layers, config.hidden_size, config.vocab_size, P + T
+    block = 12 * D * D  # GPT-2's: 4 of attention, 8 of the perceptron
+
+    def forward(rows, start=0, end=S, head=0):  # tokens start … end, logits of `head` of them
+        return rows * ((end - start) * L * block + L * D * (end**2 - start**2) + head * D * V)
+
+    greedy = 2 if args.script == "remax" else 1
+    rows = 2 * B if args.script in ("spr", "sft") else B
+    epochs = args.ppo_epochs if args.script == "ppo" else 1
+    total = 3 * epochs * forward(rows, head=T)  # backward is two more
+    if args.script != "sft":
+        total += forward(B, 0, P) + forward(greedy * rows, P, S, head=T) + forward(greedy * rows)  # rollout, scores
+    if args.script in ("remax", "reinforce", "ppo"):
+        total += forward(rows, head=T)  # the reference
+    if args.script == "ppo":
+        total += forward(rows, head=T) + forward(rows) + 3 * epochs * forward(rows)  # old log π, values, value model
+    return float(total)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(wall, CPU) seconds of a multiply-add in a large matrix product."""
+    size, seconds = 4096 if device.type == "cpu" else 8192, []
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(4):
+        start = now()
+        a @ a
+        seconds.append(now() - start)
+    return torch.stack(seconds[1:]).median(0).values / size**3
+
+
 def table(rows: list[dict]) -> str:
     """CPU seconds where there is no GPU, else wall seconds."""
     lines = ["| script | workload | seconds | " + " | ".join(PARTS) + " | floor | step / floor | peak MB |"]
@@ -277,6 +310,11 @@ def main() -> None:
             parts = floor(args, saved, model, flags[3], prompts_BP.to(device), response_length)
             row |= dict(zip(("floor_s", "floor_cpu_s"), sum(parts.values()).tolist(), strict=True))
             row |= {f"floor_{part}": float(seconds[on]) for part, seconds in parts.items()}
+            if kind == "gpt2" and not args.model:
+                config = transformers.AutoConfig.from_pretrained(model)
+                operations = multiply_adds(args, config, batch_size, prompt_length, response_length)
+                seconds = operations * product_speed(device, getattr(torch, saved["dtype"]))
+                row |= dict(zip(("product_s", "product_cpu_s"), seconds.tolist()))
     row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length, flags=args.flags)
     row |= dict(threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if not on else "cpu")
     row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}

@@ -14,7 +14,8 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     flags = "--workload tiny --steps 2 --ppo-epochs 2 --results".split()
     names = ("remax", "ppo", "spr", "sft")
     cases = [("benchmark/step.py", "--script", name, *flags, tmp_path / name) for name in names]
-    cases += [("benchmark/gradient_variance.py", "--batches", 3, "--batch-size", 4, "--results", tmp_path / "variance")]
+    flags = "--tasks rule --episodes 0 --batches 3 --batch-size 4 --results".split()
+    cases += [("benchmark/gradient_variance.py", *flags, tmp_path / "variance")]
     for result in together(run_script, *cases):
         assert_ok(result)
     parts = ("rollout", "scoring", "reference", "training", "rest")
@@ -26,8 +27,75 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
         assert sum(row[part] for part in parts) == pytest.approx(row["cpu_s"], rel=0.3, abs=0.02)
         floor = [value for key, value in row.items() if key.startswith("floor_") and key[6:] not in ("s", "cpu_s")]
         assert sum(floor) == pytest.approx(row["floor_cpu_s"], abs=1e-3) and row["peak_rss_mb"] > 100
-    row = json.loads((tmp_path / "variance").read_text())
-    assert 0 < row["ratio"] == pytest.approx(row["trace_remax"] / row["trace_reinforce"])
+        # A large product is as fast as it gets; the tiny model's products are far from it.
+        assert 0 < row["product_cpu_s"] < row["floor_cpu_s"]
+    rows = {row["method"]: row for row in map(json.loads, (tmp_path / "variance").read_text().splitlines())}
+    assert len(rows) == 7 and rows["no baseline"]["ratio"] == 1 and all(row["ratio"] > 0 for row in rows.values())
+    assert rows["greedy, c = 1/2"]["ratio"] != rows["greedy (ReMax)"]["ratio"] != rows["batch mean"]["ratio"]
+
+
+def test_the_multiply_adds_of_an_update_are_those_of_its_matrix_products():
+    """Counted by torch, of the floor's parts: forward and backward through all positions, logits of some."""
+    import step
+    import torch
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=64, bos_token_id=0)
+    config._attn_implementation = "eager"
+    model = transformers.GPT2LMHeadModel(config)
+    tokens_BL = torch.randint(60, (6, 5 + 7))
+    with FlopCounterMode(display=False) as counter:
+        step.nll(model, tokens_BL, 7).backward()
+    # FlopCounterMode counts attention over all pairs of tokens; a causal one needs about half of them.
+    pairs = 3 * 6 * 2 * 32 * 12**2
+    ours = step.multiply_adds(step.Args(script="sft"), config, B=3, P=5, T=7) + pairs
+    assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
+
+
+def test_the_fitted_baseline_is_least_squares_without_the_row():
+    import torch
+    from fitted import fitted_baselines
+
+    generator = torch.Generator().manual_seed(0)
+    greedy_B = torch.randn(9, generator=generator)
+    for slope in (-1.0, 0.4, 2.0):
+        rewards_B = slope * greedy_B + torch.randn(9, generator=generator) / 3 + 5
+        baselines_B = fitted_baselines(rewards_B, greedy_B)
+        for i in range(9):
+            others = [j for j in range(9) if j != i]
+            x_N1 = torch.stack([greedy_B[others], torch.ones(8)], 1)
+            fitted = torch.linalg.lstsq(x_N1, rewards_B[others, None]).solution[0, 0].clamp(0, 1)
+            assert (0 < fitted < 1) == (slope == 0.4)
+            expected = fitted * greedy_B[i] + (rewards_B[others] - fitted * greedy_B[others]).mean()
+            assert baselines_B[i].item() == pytest.approx(expected.item(), abs=1e-5)
+            changed_B = rewards_B.clone()
+            changed_B[i] += 100  # a row's own sample plays no part in its baseline, so the gradient stays unbiased
+            assert fitted_baselines(changed_B, greedy_B)[i].item() == pytest.approx(baselines_B[i].item(), abs=1e-4)
+    same_B = torch.ones(4)
+    assert fitted_baselines(torch.tensor([0.0, 1, 2, 3]), same_B).tolist() == pytest.approx([2, 5 / 3, 4 / 3, 1])
+
+
+def test_the_setting_with_the_highest_gold_reward_below_the_limit_of_kl_is_chosen():
+    import tuned
+
+    def row(rate, seed, gold, kl, **more):
+        names = dict(task="rule", method="remax", learning_rate=rate, beta=None, seed=seed, tuning=True)
+        return names | dict(gold=gold, kl=kl) | more
+
+    rows = [row(1e-4, 101, 0.5, 1.0), row(1e-4, 102, 0.6, 1.0), row(3e-4, 101, 0.7, 1.0), row(3e-4, 102, 0.6, 4.9)]
+    rows += [
+        row(1e-3, 101, 0.9, 1.0),
+        row(1e-3, 102, 0.9, 5.1),
+        row(3e-3, 101, 0.9, 1.0),
+        row(3e-3, 102, 0, 0, failed=""),
+    ]
+    assert tuned.chosen(rows, "rule", "remax") == (3e-4, None)
+    assert tuned.chosen([r | dict(kl=1.0) for r in rows], "rule", "remax") == (1e-3, None)
+    assert tuned.chosen(rows[:4] + rows[4:5] + [row(3e-4, 1, 9, 1) | dict(tuning=False)], "rule", "remax") == (
+        3e-4,
+        None,
+    )
 
 
 @pytest.mark.slow
@@ -55,14 +123,10 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_learning_benchmarks_print_their_tables(tmp_path, monkeypatch, capfd):
-    import compare
     import token_level
     import weighting
 
-    monkeypatch.setattr(compare, "methods", lambda episodes: {"ReMax": ["remax.py", "--total-episodes", str(episodes)]})
     flags = ["--seeds", "1", "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *flags, "--total-episodes", "64"])
-    compare.main()
     flags += "--task t --num-samples 2 --betas 1 --total-episodes 8 --batch-size 8 --num-minibatches 1".split()
     monkeypatch.setattr(sys, "argv", ["weighting.py", *flags[:2], "--results", str(tmp_path / "more"), *flags[4:]])
     weighting.main()
@@ -70,9 +134,37 @@ def test_learning_benchmarks_print_their_tables(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["token_level.py", *flags])
     token_level.main()
     out = capfd.readouterr().out
-    assert "| ReMax (1 seeds) |" in out and "| 2 | uniform (1 seeds) |" in out
+    assert "| 2 | uniform (1 seeds) |" in out
     assert "| spr.py (1 seeds) |" in out and "| spr_token.py (1 seeds) |" in out
     assert len((tmp_path / "more").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_numbers(tmp_path, monkeypatch, capfd):
+    import tuned
+
+    monkeypatch.setattr(tuned, "METHODS", dict(remax=("remax.py --batch-size 8", 16)))
+    monkeypatch.setattr(tuned, "RATES", (1e-4, 1e-3))
+    flags = ["tuned.py", "--tasks", "rule", "--methods", "remax"]
+    for path, more in (
+        (tmp_path / "a", []),
+        (tmp_path / "b", []),
+        (tmp_path / "b", ["--stage", "final", "--seeds", "1"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [*flags, *more, "--results", str(path)])
+        tuned.main()
+    a, b = ([json.loads(line) for line in path.read_text().splitlines()] for path in (tmp_path / "a", tmp_path / "b"))
+
+    def numbers(row):
+        seconds = ("cpu_seconds", "peak_memory_mb", "points", "commit")
+        return {name: value for name, value in row.items() if name not in seconds}
+
+    assert sorted(map(str, map(numbers, a))) == sorted(map(str, map(numbers, b[:4])))
+    assert len({row["command"] for row in b}) == 5 and [row["tuning"] for row in b] == [True] * 4 + [False]
+    assert b[4]["points"][0]["kl"] == pytest.approx(0, abs=1e-4) and b[4]["points"][0]["win_rate"] == 0.5
+    monkeypatch.setattr(sys, "argv", [*flags, "--table", "--results", str(tmp_path / "b")])
+    tuned.main()
+    assert "| remax (1 seeds) |" in capfd.readouterr().out
 
 
 def test_the_figures_are_drawn_from_the_committed_results(tmp_path):
