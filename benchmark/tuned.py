@@ -209,7 +209,7 @@ def watch(task, path, script, *flags) -> None:
 
 def run(task, method, rate, beta, seed, tuning) -> dict:
     command = command_of(task, method, rate, beta, seed)
-    every = TASKS[task].times * 10  # updates
+    every = TASKS[task].times * 20  # updates
     if command.startswith(("python spr.py", "python dpo.py")):
         every = 1 if "spr.py" in command else 13
     with tempfile.TemporaryDirectory() as folder:
