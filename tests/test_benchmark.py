@@ -27,7 +27,7 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
         assert sum(row[part] for part in parts) == pytest.approx(row["cpu_s"], rel=0.3, abs=0.02)
         floor = [value for key, value in row.items() if key.startswith("floor_") and key[6:] not in ("s", "cpu_s")]
         assert sum(floor) == pytest.approx(row["floor_cpu_s"], abs=1e-3) and row["peak_rss_mb"] > 100
-        # A large product is as fast as it gets; the tiny model's products are far from it.
+        # Nothing is as fast as a large product; the tiny model's products are far from it.
         assert 0 < row["product_cpu_s"] < row["floor_cpu_s"]
     rows = {row["method"]: row for row in map(json.loads, (tmp_path / "variance").read_text().splitlines())}
     assert len(rows) == 7 and rows["no baseline"]["ratio"] == 1 and all(row["ratio"] > 0 for row in rows.values())

@@ -253,7 +253,7 @@ def on_one_rank(script):
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
     stages, more = ((1, 3, 2, 3, 2, 2, 3), "--offload") if offload else ((3, 1, 2, 0, 3, 0, 2), "")
-    cells = [(script, stage, 2) for script, stage in zip(SCRIPTS, stages, strict=True)]
+    cells = [(script, stage, 3) for script, stage in zip(SCRIPTS, stages, strict=True)]
     cases = [case(script, tmp_path / "two", stage, micro, more=more) for script, stage, micro in cells]
     results = forked(run_all, cases, ranks=2)
     for (script, *_), found in zip(cells, results, strict=True):
