@@ -268,13 +268,31 @@ def chosen(results, task, method) -> tuple:
     return max(means, key=means.get)
 
 
+def gold_at(points, kl) -> float:
+    """The gold reward where a run's path first reaches that KL, on a line between evaluations; its end if never."""
+    for before, after in itertools.pairwise(points):
+        if after["kl"] >= kl:
+            part = (kl - before["kl"]) / (after["kl"] - before["kl"])
+            return before["gold"] + part * (after["gold"] - before["gold"])
+    return points[-1]["gold"]
+
+
+def lead(group, others) -> str:
+    """Of the mean gold reward at equal KL, with its standard error. The KL is the lower of the two mean final ones."""
+    kl = min(statistics.fmean(row["kl"] for row in rows) for rows in (group, others))
+    golds = [[gold_at(row["points"], kl) for row in rows] for rows in (group, others)]
+    error = sum(statistics.variance(values) / len(values) for values in golds) ** 0.5
+    return f"{statistics.fmean(golds[0]) - statistics.fmean(golds[1]):+.2f} ± {error:.2f}"
+
+
 def table(results, task) -> str:
     """Mean ± standard deviation over the seeds, at the end; the first line is the policy from which all start."""
     columns = dict(gold="gold reward", reward="reward", kl="KL", win_rate="win rate", greedy_gold="greedy gold")
     columns |= dict(length="tokens", cpu_seconds="CPU seconds", peak_memory_mb="peak MB")
     digits = dict(kl=1, length=1, cpu_seconds=0, peak_memory_mb=0)
-    lines = ["| method | " + " | ".join(columns.values()) + " | learning rate | β |", "|---" * 11 + "|"]
-    rows = [row for row in results if row["task"] == task and not row["tuning"]]
+    titles = ["method", *columns.values(), "gold − ReMax's, at equal KL", "learning rate", "β"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    rows = [row for row in results if row["task"] == task and not row["tuning"] and "failed" not in row]
     for method in [None, *METHODS, *SIZES]:
         group = [row for row in rows if row["method"] == method] if method else rows[:1]
         if not group:
@@ -285,6 +303,8 @@ def table(results, task) -> str:
             values = [end[name] for end in ends if name in end]
             spread = f" ± {statistics.stdev(values):.{digits.get(name, 2)}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.{digits.get(name, 2)}f}{spread}" if values else "")
+        remax = [row for row in rows if row["method"] == "remax"]
+        cells += [lead(group, remax) if method not in (None, "remax") and min(len(group), len(remax)) > 1 else ""]
         cells += [f"{ends[0][name]:g}" if ends[0][name] else "" for name in ("learning_rate", "beta")]
         lines.append(f"| {f'{method} ({len(ends)} seeds)' if method else 'before'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

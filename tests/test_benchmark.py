@@ -98,6 +98,16 @@ def test_the_setting_with_the_highest_gold_reward_below_the_limit_of_kl_is_chose
     )
 
 
+def test_gold_rewards_are_compared_at_equal_kl():
+    import tuned
+
+    points = [dict(kl=0.0, gold=0.0), dict(kl=2.0, gold=0.5), dict(kl=1.0, gold=0.6), dict(kl=4.0, gold=0.9)]
+    assert [tuned.gold_at(points, kl) for kl in (0.5, 2, 3, 5)] == pytest.approx([0.125, 0.5, 0.8, 0.9])
+    far = [dict(kl=4.0, points=points), dict(kl=4.0, points=points)]
+    near = [dict(kl=1.0, points=[dict(kl=0.0, gold=0.0), dict(kl=1.0, gold=gold)]) for gold in (0.1, 0.3)]
+    assert tuned.lead(near, far) == "-0.05 ± 0.10" and tuned.lead(far, near) == "+0.05 ± 0.10"
+
+
 @pytest.mark.slow
 def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
     import memory
