@@ -158,49 +158,57 @@ def command_of(task, method, rate, beta, seed) -> str:
 # ---------------------------------------------------------------- One run
 
 
-def watch(task, path, script, *flags) -> None:
-    """The script's own run; at each evaluation a line to the file at `path`."""
+def watch(task, path, numbers, script, *flags) -> None:
+    """The script's own run; at its evaluations of these numbers (or at all of them) a line to the file at `path`."""
     import common
 
     where = TASKS[task]
-    started, spent, evaluate, held_out = time.process_time(), [0.0], common.evaluate, []
+    numbers = list(map(int, numbers.split()))
+    evaluate = common.evaluate
+    kept = dict(calls=0, started=time.process_time())
 
-    def watched(policy, reference, prompts, rewards, micro_batch_size):
-        rows = evaluate(policy, reference, prompts, rewards, micro_batch_size)
-        before = time.process_time()
-        if not held_out:
-            backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False, micro_batch_size)
-            length = policy.sampling.max_prompt_length
-            data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
-            words = where.reward.split()
-            model = words[words.index("--reward-model") + 1] if "--reward-model" in words else None
-            function = None if model else words[words.index("--reward-function") + 1]
-            held_out.append(data[:200])
-            held_out.append(common.Reward(model, function, 0.0, backend))
-            held_out.append(common.Reward(None, where.gold, 0.0, backend))
-        prompts, reward, gold = held_out[:3]
+    def begin(policy, reference, prompts, rewards, micro_batch_size):
+        kept["rows"] = evaluate(policy, reference, prompts, rewards, micro_batch_size)  # in place of all later ones
+        backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False, micro_batch_size)
+        length = policy.sampling.max_prompt_length
+        data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
+        words = where.reward.split()
+        model = words[words.index("--reward-model") + 1] if "--reward-model" in words else None
+        function = None if model else words[words.index("--reward-function") + 1]
+        kept["prompts"] = data[:200]
+        kept["reward"] = common.Reward(model, function, 0.0, backend)
+        kept["gold"] = common.Reward(None, where.gold, 0.0, backend)
+
+    def measure(policy, reference) -> dict[str, float]:
         common.set_seed(7)
         usual, policy.sampling.response_length = policy.sampling.response_length, where.length
-        responses = common.rollout(policy, prompts, num_samples=2, greedy=True)
+        responses = common.rollout(policy, kept["prompts"], num_samples=2, greedy=True)
         policy.sampling.response_length = usual
-        sampled = responses[: 2 * len(prompts)]
+        sampled = responses[: 2 * len(kept["prompts"])]
         logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 64) for model in (policy, reference))
-        golds_R = gold(responses)
+        golds_R = kept["gold"](responses)
         golds_B = golds_R[: len(sampled.texts)]
-        held_out.append(golds_B)  # the first are the initial policy's
-        point = dict(
+        initial_B = kept.setdefault("initial", golds_B)
+        return dict(
             gold=golds_B.mean().item(),
-            reward=reward(sampled).mean().item(),
-            win_rate=((golds_B > held_out[3]).float() + (golds_B >= held_out[3]).float()).mean().item() / 2,
+            reward=kept["reward"](sampled).mean().item(),
+            win_rate=((golds_B > initial_B).float() + (golds_B >= initial_B).float()).mean().item() / 2,
             kl=((logprobs_BT - ref_logprobs_BT) * sampled.mask_BT).sum(1).mean().item(),
             greedy_gold=golds_R[len(sampled.texts) :].mean().item(),
             length=sampled.mask_BT.sum(1).float().mean().item(),
-            cpu_seconds=before - started - spent[0],
         )
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({name: round(value, 4) for name, value in point.items()}) + "\n")
-        spent[0] += time.process_time() - before
-        return rows
+
+    def watched(policy, reference, *args):
+        before = time.process_time()
+        if kept["calls"] == 0:
+            begin(policy, reference, *args)
+        if not numbers or kept["calls"] in numbers:
+            point = measure(policy, reference) | dict(cpu_seconds=before - kept["started"])
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({name: round(value, 4) for name, value in point.items()}) + "\n")
+        kept["calls"] += 1
+        kept["started"] += time.process_time() - before  # measuring is no part of the run
+        return kept["rows"]
 
     common.evaluate = watched
     sys.argv = [str(ROOT / script), *flags]
@@ -209,13 +217,14 @@ def watch(task, path, script, *flags) -> None:
 
 def run(task, method, rate, beta, seed, tuning) -> dict:
     command = command_of(task, method, rate, beta, seed)
-    every = TASKS[task].times * 20  # updates
-    if command.startswith(("python spr.py", "python dpo.py")):
-        every = 1 if "spr.py" in command else 13
+    numbers = [TASKS[task].times * number for number in (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)]  # of updates
+    every = 1_000_000 if tuning else 13 if "dpo.py" in command else 1
+    if tuning or command.startswith(("python spr.py", "python dpo.py")):
+        numbers = []
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import tuned; tuned.watch(*sys.argv[1:])"
-        words = [sys.executable, "-c", code, task, f"{folder}/points.jsonl", *command.split()[1:]]
-        words += ["--eval-every", str(1_000_000 if tuning else every), "--output-dir", f"{folder}/run"]
+        words = [sys.executable, "-c", code, task, f"{folder}/points.jsonl", " ".join(map(str, numbers))]
+        words += [*command.split()[1:], "--eval-every", str(every), "--output-dir", f"{folder}/run"]
         environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:  # such as a policy that has diverged
