@@ -204,13 +204,24 @@ def test_the_paper_claims_that_ppo_has_more_than_four_hyper_parameters_more():
     assert FLAGS["remax"].keys() - FLAGS["ppo"].keys() == {"num_samples"}
 
 
+def docstring_lines(script) -> set[str]:
+    """Those of functions; the module's and the flags' come before the algorithm."""
+    functions = [node for node in ast.walk(ast.parse(SOURCES[script])) if isinstance(node, ast.FunctionDef)]
+    strings = [node.body[0] for node in functions if ast.get_docstring(node)]
+    lines = SOURCES[script].splitlines()
+    return {line for string in strings for line in lines[string.lineno - 1 : string.end_lineno] if line}
+
+
 def test_the_diff_in_the_readme_is_the_real_one():
-    """Its hunks of code: those that begin after the docstring and the flags."""
+    """Its hunks of code, without docstrings: those that begin after the module's docstring and the flags."""
     first = next(i for i, line in enumerate(SOURCES["remax"].splitlines()) if line.endswith("--- The algorithm"))
+    texts = {"-": docstring_lines("reinforce"), "+": docstring_lines("remax"), "@": set()}
     hunks = []
     for line in diff("reinforce", "remax"):
         if line.startswith("@@"):
             after = int(re.search(r"\+(\d+)", line)[1]) > first
-        hunks += [line] * after
+        if after and line[1:] not in texts[line[0]]:
+            hunks += [line]
+    hunks = [line for line, following in zip(hunks, [*hunks[1:], "@@"]) if (line[:2], following[:2]) != ("@@", "@@")]
     shown = re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines()
     assert hunks and shown == hunks
