@@ -31,6 +31,7 @@ METHODS = {
     "best-of-n": ("Best-of-N", "#b59ac9", "--", "X"),
     "dpo": ("DPO", "#000000", "-", "*"),
 }
+UPDATES = (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)  # after which tuned.py measures, where an update is a step
 RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
 RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
 RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
@@ -155,13 +156,13 @@ def samples():
     lines |= {"best-of-n, N = 16": ("Best-of-N, N = 16", "#a4540b", "--", "^")}
     lines |= {"ppo, 1 epoch": METHODS["ppo, 1 epoch"], "ppo, 4 epochs": METHODS["ppo, 4 epochs"]}
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    titles = dict(gold="gold reward (−1 to 1)", win_rate="win rate against the initial policy, by gold reward")
+    titles = dict(gold="gold reward (−1 to 1)", win_rate="win rate over the initial policy (gold)")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for method, style in lines.items():
             if method in runs:
                 points = [row["points"] for row in runs[method]]
-                number = len(points[0]) - 1
-                points = [[point | dict(seen=6400 * i / number) for i, point in enumerate(run)] for run in points]
+                seen = [64 * update for update in UPDATES] if method.startswith("ppo") else range(0, 6401, 1600)
+                points = [[point | dict(seen=x) for x, point in zip(seen, run, strict=True)] for run in points]
                 draw(axis, points, "seen", name, *style)
         if "dpo" in runs:
             mean = statistics.fmean(row[name] for row in runs["dpo"])
@@ -185,8 +186,8 @@ def over_optimisation():
         axis.set_title(f"reward model trained on {title}", fontsize=9)
         axis.set_xlabel("its reward, sampled responses", fontsize=9)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("gold reward (−1 to 1)", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
+    axes[0].set_ylabel("gold reward of sampled responses (−1 to 1)", fontsize=9)
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     return figure
 
 
