@@ -80,6 +80,34 @@ def test_the_readme_s_table_and_line_of_code_are_those_of_the_scripts():
     assert line in (ROOT / "remax.py").read_text() and "baseline_rewards_B" in line
 
 
+def test_the_readme_s_figures_are_those_of_the_rows():
+    def rows(name):
+        return [json.loads(line) for line in (ROOT / "benchmark" / "results" / name).read_text().splitlines()]
+
+    final = [row for row in rows("tuned.jsonl") if not row["tuning"]]
+
+    def gold(method, task="reviews"):
+        values = [row["gold"] for row in final if (row["method"], row["task"]) == (method, task)]
+        assert len(values) >= 3
+        return f"{sum(values) / len(values):.2f}"
+
+    def noise(episodes):
+        key = ("reviews", episodes, "greedy (ReMax)")
+        ratios = [r["ratio"] for r in rows("gradient_variance.jsonl") if (r["task"], r["episodes"], r["method"]) == key]
+        return f"{ratios[-1]:.2f}"
+
+    raised = "reviews, rewards + 9.3"
+    for sentence in (
+        f"{noise(0)} of REINFORCE's at first, {noise(1600)} halfway, {noise(3200)} at the end",
+        f"gold reward {gold('reinforce')}, ReMax {gold('remax')}; every reward raised by 9.3: "
+        f"{gold('reinforce', raised)}, {gold('remax', raised)}",
+        f"**does not hold**: {gold('remax')}, PPO {gold('ppo, 1 epoch')}",
+        f"over DPO: {gold('spr')}, {gold('dpo')}; Best-of-N is level, {gold('best-of-n')}",
+        f"{gold('spr, N = 4')}, {gold('spr')}, {gold('spr, N = 16')} with N = 4, 8, 16",
+    ):
+        assert sentence in " ".join(README.split())
+
+
 def test_linked_files_exist():
     prose = re.sub(r"```.*?```", "", README, flags=re.S)
     links = [link for link in re.findall(r"\]\(([^)]+)\)", prose) if not link.startswith("http")]

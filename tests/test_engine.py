@@ -265,7 +265,7 @@ def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformer
     more = f"--weighting uniform --num-samples 0 --dataset {path} --reward-model nowhere"  # which is never loaded
     more += " --response-length 48 --num-epochs 1 --total-episodes 40"
     expected = run(**case("spr", tmp_path, 0, 16, more=more, name="one"))
-    (found,) = forked(run_all, [case("spr", tmp_path, 3, 2, more=more, name="two")], ranks=2)
+    (found,) = forked(run_all, [case("spr", tmp_path, 3, 4, more=more, name="two")], ranks=2)
     assert_same_training(found, expected)
     assert_same_training(run(**case("spr", tmp_path, 2, 3, more=more, name="small")), expected)
 

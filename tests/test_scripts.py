@@ -145,7 +145,7 @@ def test_real_prompts_with_a_real_small_model(tmp_path):
     flags = ["--model", SHARED / "models/imdb-mini", "--dataset", SHARED / "data/imdb_prompts.jsonl"]
     flags += ["--eval-dataset", SHARED / "data/imdb_preferences_8words.jsonl", "--output-dir", tmp_path / "r"]
     flags += ["--reward-function", SHARED / "rewards/imdb_sentiment.py:reward", "--kl-coef", "0.0075"]
-    flags += "--learning-rate 3e-4 --total-episodes 1600 --batch-size 32 --response-length 24 --eval-every 50".split()
+    flags += "--learning-rate 1e-3 --total-episodes 640 --batch-size 32 --response-length 24 --eval-every 20".split()
     assert_ok(run_script("remax.py", *flags))
     rows = read_metrics(tmp_path / "r")
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.03
