@@ -331,6 +331,8 @@ def main() -> None:
     tuning = args.stage == "tuning"
     todo = []
     for task, method in itertools.product(args.tasks, args.methods):
+        if not (ROOT / TASKS[task].held_out).exists():
+            sys.exit(f"{task}: needs {TASKS[task].held_out}, development data that is not in this repository")
         make_reward_model(task)
         settings = grid(task, method) if tuning else [chosen(results, task, method)]
         seeds = (101, 102) if tuning else args.seeds
