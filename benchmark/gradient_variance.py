@@ -136,7 +136,7 @@ def main() -> None:
             for name, gram in grams.items():
                 ratio = trace_of_covariance(gram) / trace_of_covariance(grams["no baseline"])
                 draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
-                row = dict(task=task, method=name, seed=0, episodes=episodes, flags=" ".join(sys.argv[1:]))
+                row = dict(task=task, method=name, seed=0, episodes=episodes, flags=f"--tasks {task}")
                 row |= dict(commit=git.stdout.strip(), tuning=False, batches=args.batches, batch_size=args.batch_size)
                 row |= dict(ratio=ratio.item(), low=draws[50].item(), high=draws[1949].item())
                 row |= dict(reward=torch.cat(rewards).mean().item(), reward_std=torch.cat(rewards).std().item())
