@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import tuned
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
@@ -31,7 +32,6 @@ METHODS = {
     "best-of-n": ("Best-of-N", "#b59ac9", "--", "X"),
     "dpo": ("DPO", "#000000", "-", "*"),
 }
-UPDATES = (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)  # after which tuned.py measures, where an update is a step
 RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
 RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
 RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
@@ -161,7 +161,7 @@ def samples():
         for method, style in lines.items():
             if method in runs:
                 points = [row["points"] for row in runs[method]]
-                seen = [64 * update for update in UPDATES] if method.startswith("ppo") else range(0, 6401, 1600)
+                seen = [64 * update for update in tuned.UPDATES] if method.startswith("ppo") else range(0, 6401, 1600)
                 points = [[point | dict(seen=x) for x, point in zip(seen, run, strict=True)] for run in points]
                 draw(axis, points, "seen", name, *style)
         if "dpo" in runs:

@@ -11,6 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def mean_of_others(x_B):
+    return (x_B.sum() - x_B) / (len(x_B) - 1)
+
+
 def fitted_baselines(rewards_B, greedy_B):
     """c_i r̄_i + the mean over the other rows j of (r_j − c_i r̄_j) -> baselines_B.
 
@@ -19,14 +23,11 @@ def fitted_baselines(rewards_B, greedy_B):
     """
     dtype = rewards_B.dtype
     rewards_B, greedy_B = rewards_B.double(), greedy_B.double()
-
-    def others(x_B):
-        return (x_B.sum() - x_B) / (len(x_B) - 1)
-
-    covariance_B = others(rewards_B * greedy_B) - others(rewards_B) * others(greedy_B)
-    variance_B = others(greedy_B.square()) - others(greedy_B).square()
+    mean_B, greedy_mean_B = mean_of_others(rewards_B), mean_of_others(greedy_B)
+    covariance_B = mean_of_others(rewards_B * greedy_B) - mean_B * greedy_mean_B
+    variance_B = mean_of_others(greedy_B.square()) - greedy_mean_B.square()
     c_B = (covariance_B / variance_B.clamp(min=1e-9)).clamp(0, 1)
-    return (others(rewards_B) + c_B * (greedy_B - others(greedy_B))).to(dtype)
+    return (mean_B + c_B * (greedy_B - greedy_mean_B)).to(dtype)
 
 
 def main() -> None:

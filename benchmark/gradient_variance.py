@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 import tuned  # noqa: E402
-from fitted import fitted_baselines  # noqa: E402
+from fitted import fitted_baselines, mean_of_others  # noqa: E402
 
 import common  # noqa: E402
 import reinforce  # noqa: E402
@@ -46,15 +46,13 @@ class Args:
 
 
 def baselines(rewards_B, greedy_B) -> dict[str, torch.Tensor]:
-    def others(x_B):
-        return (x_B.sum() - x_B) / (len(x_B) - 1)
-
+    mean_B, greedy_mean_B = mean_of_others(rewards_B), mean_of_others(greedy_B)
     return {
         "no baseline": torch.zeros_like(rewards_B),
-        "batch mean": others(rewards_B),
+        "batch mean": mean_B,
         "greedy (ReMax)": greedy_B,
-        "greedy, c = 1/2": others(rewards_B) + (greedy_B - others(greedy_B)) / 2,
-        "greedy, c = 1": others(rewards_B) + greedy_B - others(greedy_B),
+        "greedy, c = 1/2": mean_B + (greedy_B - greedy_mean_B) / 2,
+        "greedy, c = 1": mean_B + greedy_B - greedy_mean_B,
         "greedy, c fitted": fitted_baselines(rewards_B, greedy_B),
     }
 
@@ -65,7 +63,7 @@ def trained(task, episodes) -> str:
         return str(ROOT / tuned.TASKS[task].policy)
     folder = ROOT / tuned.MADE / f"{task}_{episodes}"
     if not folder.exists():
-        results = [json.loads(line) for line in (HERE / "results" / "tuned.jsonl").read_text().splitlines()]
+        results = tuned.read(HERE / "results" / "tuned.jsonl")
         command = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
         command = command.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
         command = [sys.executable, *command[1:], "--eval-every", "0", "--output-dir", str(folder)]
@@ -93,16 +91,13 @@ def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
     backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = tuned.commit()
     for task in args.tasks:
         where = tuned.TASKS[task]
-        words = where.reward.split()
-        kind, path = words[2:4]
-        scoring = (path, None) if kind == "--reward-model" else (None, path)
         tokenizer = common.load_tokenizer(where.policy)
         sampling = common.Sampling(64, where.length, 1.0, 128)
-        prompts = common.load_prompts(str(ROOT / words[1]), (None, "train"), "prompt", tokenizer, 64)
-        reward = common.Reward(*scoring, 0.0, backend)
+        prompts = common.load_prompts(str(ROOT / where.dataset), (None, "train"), "prompt", tokenizer, 64)
+        reward = common.Reward(*where.scoring, 0.0, backend)
         reference = common.freeze(common.load_policy(where.policy, tokenizer, sampling, backend), backend)
         for episodes in args.episodes:
             policy = common.load_policy(trained(task, episodes), tokenizer, sampling, backend)
@@ -133,11 +128,12 @@ def main() -> None:
             generator = torch.Generator().manual_seed(0)
             picks = [torch.randint(args.batches, (args.batches,), generator=generator) for _ in range(2000)]
             nones = [trace_of_covariance(grams["no baseline"][pick][:, pick]) for pick in picks]
+            whole = trace_of_covariance(grams["no baseline"])
             for name, gram in grams.items():
-                ratio = trace_of_covariance(gram) / trace_of_covariance(grams["no baseline"])
+                ratio = trace_of_covariance(gram) / whole
                 draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
                 row = dict(task=task, method=name, seed=0, episodes=episodes, flags=f"--tasks {task}")
-                row |= dict(commit=git.stdout.strip(), tuning=False, batches=args.batches, batch_size=args.batch_size)
+                row |= dict(commit=head, tuning=False, batches=args.batches, batch_size=args.batch_size)
                 row |= dict(ratio=ratio.item(), low=draws[50].item(), high=draws[1949].item())
                 row |= dict(reward=torch.cat(rewards).mean().item(), reward_std=torch.cat(rewards).std().item())
                 row |= dict(greedy_reward=torch.cat(greedy_rewards).mean().item())

@@ -36,9 +36,10 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Task:
-    """`reward`, `pairs`, `policy` and `held_out`: as on the command line of a script."""
+    """Paths are relative to the project; `pairs` and `lengths` are flags."""
 
-    reward: str
+    dataset: str
+    scoring: tuple[str | None, str | None]  # reward model, reward function
     pairs: str
     policy: str
     held_out: str
@@ -47,22 +48,31 @@ class Task:
     most_kl: float  # of settings that may be chosen
     betas: dict[str, tuple]
     length: int = 48  # tokens of the responses that are measured
+    lengths: str = ""
     like: str = ""  # the task whose chosen settings are used
     times: int = 1  # how many times the episodes of METHODS
 
 
-def reviews(reward_model="examples/reviews/reward_model", like="reviews", times=1) -> Task:
-    folder = "examples/reviews"
+def example(folder, lengths="", **more) -> Task:
     return Task(
-        reward=f"--dataset {folder}/prompts.jsonl --reward-model {reward_model}",
-        pairs=f"--dataset {folder}/preferences.jsonl",
+        dataset=f"{folder}/prompts.jsonl",
+        pairs=f"--dataset {folder}/preferences.jsonl{lengths}",
         policy=f"{folder}/policy",
         held_out=f"{folder}/prompts_test.jsonl",
-        gold=f"{folder}/sentiment.py:reward",
+        lengths=lengths,
+        **more,
+    )
+
+
+def reviews(reward_model="examples/reviews/reward_model", times=1) -> Task:
+    return example(
+        "examples/reviews",
+        scoring=(reward_model, None),
+        gold="examples/reviews/sentiment.py:reward",
         kl_coef=0.05,
         most_kl=20.0,
         betas=dict(spr=(0.3, 1.0, 3.0), dpo=(0.03, 0.1, 0.3)),
-        like=like,
+        like="reviews",
         times=times,
     )
 
@@ -70,11 +80,10 @@ def reviews(reward_model="examples/reviews/reward_model", like="reviews", times=
 RULE, SHARED = "examples/guess_and_check", "../shared"
 TASKS = dict(
     reviews=reviews(),
-    rule=Task(
-        reward=f"--dataset {RULE}/prompts.jsonl --reward-function {RULE}/rule.py:reward --response-length 60",
-        pairs=f"--dataset {RULE}/preferences.jsonl --response-length 60",
-        policy=f"{RULE}/policy",
-        held_out=f"{RULE}/prompts_test.jsonl",
+    rule=example(
+        RULE,
+        lengths=" --response-length 60",
+        scoring=(None, f"{RULE}/rule.py:reward"),
         gold=f"{RULE}/rule.py:reward",
         kl_coef=0.0,
         most_kl=5.0,
@@ -84,8 +93,9 @@ TASKS = dict(
     ),
     # Real text, which is not in the repository. The reward is the counted sentiment, as spread as that of `reviews`.
     imdb=Task(
-        reward=f"--dataset {SHARED}/data/imdb_prompts.jsonl --reward-function benchmark/imdb_reward.py:reward"
-        " --max-prompt-length 32 --response-length 24",
+        dataset=f"{SHARED}/data/imdb_prompts.jsonl",
+        scoring=(None, "benchmark/imdb_reward.py:reward"),
+        lengths=" --max-prompt-length 32 --response-length 24",
         pairs=f"--dataset {SHARED}/data/imdb_preferences.jsonl --response-length 96",
         policy=f"{SHARED}/models/imdb-mini",
         held_out=f"{SHARED}/data/imdb_preferences_8words.jsonl",
@@ -104,6 +114,7 @@ TASKS |= {task: reviews(f"{MADE}/reward_model_of_{pairs}", times=3) for task, pa
 TASKS["reviews for long, all pairs"] = reviews(times=3)
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+UPDATES = (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)  # after which a path is measured, where an update is a step
 # 6,400 generated responses, greedy ones included: 100 updates of 64, or 4 iterations of 1,600. Flags, then episodes.
 METHODS = {
     "reinforce": ("reinforce.py --batch-size 64", 6400),
@@ -146,13 +157,24 @@ class Args:
 def command_of(task, method, rate, beta, seed) -> str:
     flags, episodes = (METHODS | SIZES)[method]
     where = TASKS[task]
-    words = ["python", flags]
-    words += [f"--total-episodes {episodes * where.times} {where.reward}"] if episodes else [where.pairs]
+    model, function = where.scoring
+    reward = f"--reward-model {model}" if model else f"--reward-function {function}"
+    prompts = f"--total-episodes {episodes * where.times} --dataset {where.dataset} {reward}{where.lengths}"
+    words = ["python", flags, prompts if episodes else where.pairs]
     words += [f"--kl-coef {where.kl_coef}"] if not flags.startswith(("spr.py", "dpo.py")) else []
     words += [f"--beta {beta}"] if beta else []
     words += [f"--model {where.policy} --learning-rate {rate} --seed {seed}"]
     words += [f"--eval-dataset {where.held_out}"] if episodes else []  # dpo.py's held-out rows are pairs of its data
     return " ".join(words)
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # ---------------------------------------------------------------- One run
@@ -172,11 +194,8 @@ def watch(task, path, numbers, script, *flags) -> None:
         backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False, micro_batch_size)
         length = policy.sampling.max_prompt_length
         data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
-        words = where.reward.split()
-        model = words[words.index("--reward-model") + 1] if "--reward-model" in words else None
-        function = None if model else words[words.index("--reward-function") + 1]
         kept["prompts"] = data[:200]
-        kept["reward"] = common.Reward(model, function, 0.0, backend)
+        kept["reward"] = common.Reward(*where.scoring, 0.0, backend)
         kept["gold"] = common.Reward(None, where.gold, 0.0, backend)
 
     def measure(policy, reference) -> dict[str, float]:
@@ -188,11 +207,11 @@ def watch(task, path, numbers, script, *flags) -> None:
         logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 64) for model in (policy, reference))
         golds_R = kept["gold"](responses)
         golds_B = golds_R[: len(sampled.texts)]
-        initial_B = kept.setdefault("initial", golds_B)
+        initial = kept.setdefault("initial", golds_B.tolist())
         return dict(
             gold=golds_B.mean().item(),
             reward=kept["reward"](sampled).mean().item(),
-            win_rate=((golds_B > initial_B).float() + (golds_B >= initial_B).float()).mean().item() / 2,
+            win_rate=common.win_rate([dict(reward=gold) for gold in golds_B.tolist()], initial),
             kl=((logprobs_BT - ref_logprobs_BT) * sampled.mask_BT).sum(1).mean().item(),
             greedy_gold=golds_R[len(sampled.texts) :].mean().item(),
             length=sampled.mask_BT.sum(1).float().mean().item(),
@@ -217,7 +236,7 @@ def watch(task, path, numbers, script, *flags) -> None:
 
 def run(task, method, rate, beta, seed, tuning) -> dict:
     command = command_of(task, method, rate, beta, seed)
-    numbers = [TASKS[task].times * number for number in (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)]  # of updates
+    numbers = [TASKS[task].times * update for update in UPDATES]
     every = 1_000_000 if tuning else 13 if "dpo.py" in command else 1
     if tuning or command.startswith(("python spr.py", "python dpo.py")):
         numbers = []
@@ -229,8 +248,7 @@ def run(task, method, rate, beta, seed, tuning) -> dict:
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:  # such as a policy that has diverged
             return dict(failed=done.stderr.strip().splitlines()[-1][-200:])
-        points = [json.loads(line) for line in Path(folder, "points.jsonl").read_text().splitlines()]
-        metrics = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        points, metrics = read(Path(folder, "points.jsonl")), read(Path(folder, "run", "metrics.jsonl"))
     return points[-1] | dict(peak_memory_mb=round(metrics[-1]["peak_memory_bytes"] / 2**20), points=points)
 
 
@@ -302,6 +320,7 @@ def table(results, task) -> str:
     titles = ["method", *columns.values(), "gold − ReMax's, at equal KL", "learning rate", "β"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     rows = [row for row in results if row["task"] == task and not row["tuning"] and "failed" not in row]
+    remax = [row for row in rows if row["method"] == "remax"]
     for method in [None, *METHODS, *SIZES]:
         group = [row for row in rows if row["method"] == method] if method else rows[:1]
         if not group:
@@ -312,7 +331,6 @@ def table(results, task) -> str:
             values = [end[name] for end in ends if name in end]
             spread = f" ± {statistics.stdev(values):.{digits.get(name, 2)}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.{digits.get(name, 2)}f}{spread}" if values else "")
-        remax = [row for row in rows if row["method"] == "remax"]
         cells += [lead(group, remax) if method not in (None, "remax") and min(len(group), len(remax)) > 1 else ""]
         cells += [f"{ends[0][name]:g}" if ends[0][name] else "" for name in ("learning_rate", "beta")]
         lines.append(f"| {f'{method} ({len(ends)} seeds)' if method else 'before'} | " + " | ".join(cells) + " |")
@@ -321,12 +339,11 @@ def table(results, task) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
-    path = args.results
-    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    results = read(args.results)
     if args.table:
         print("\n\n".join(f"{task}\n\n{table(results, task)}" for task in args.tasks))
         return
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = commit()  # of the code that runs, whatever is committed meanwhile
     done = {row["command"] for row in results}
     tuning = args.stage == "tuning"
     todo = []
@@ -342,9 +359,9 @@ def main() -> None:
         runs = {pool.submit(run, *key, tuning): key for key in todo}
         for future in concurrent.futures.as_completed(runs):
             names = ("task", "method", "learning_rate", "beta", "seed")
-            row = dict(zip(names, runs[future])) | dict(tuning=tuning, commit=git.stdout.strip())
+            row = dict(zip(names, runs[future])) | dict(tuning=tuning, commit=head)
             row |= dict(command=command_of(*runs[future])) | future.result()
-            with open(path, "a", encoding="utf-8") as file:
+            with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print({name: row.get(name) for name in (*names, "gold", "kl", "failed")}, flush=True)
 
