@@ -91,10 +91,10 @@ TASKS = dict(
         length=60,
         like="rule",
     ),
-    # Real text, which is not in the repository. The reward is the counted sentiment, as spread as that of `reviews`.
+    # Real text, which is not in the repository: a reward model of real preferences, judged by a counted sentiment.
     imdb=Task(
         dataset=f"{SHARED}/data/imdb_prompts.jsonl",
-        scoring=(None, "benchmark/imdb_reward.py:reward"),
+        scoring=(f"{MADE}/reward_model_imdb", None),
         lengths=" --max-prompt-length 32 --response-length 24",
         pairs=f"--dataset {SHARED}/data/imdb_preferences.jsonl --response-length 96",
         policy=f"{SHARED}/models/imdb-mini",
@@ -102,9 +102,9 @@ TASKS = dict(
         gold=f"{SHARED}/rewards/imdb_sentiment.py:reward",
         kl_coef=0.05,
         most_kl=20.0,
-        betas={},
+        betas=dict(spr=(0.1,), dpo=(0.1,)),
         length=24,
-        like="reviews",
+        like="imdb",
     ),
 )
 SHIFTS = {"reviews, rewards + 3.1": 3.1, "reviews, rewards + 9.3": 9.3}  # one and three standard deviations
@@ -253,27 +253,31 @@ def run(task, method, rate, beta, seed, tuning) -> dict:
 
 
 def make_reward_model(task) -> None:
-    """The example's reward model with all scores shifted, or one that has learned from its first pairs alone."""
+    """The example's reward model with all scores shifted, or one that has learned from other pairs."""
+    model = TASKS[task].scoring[0]
+    if not model or not model.startswith(MADE) or (ROOT / model).exists():
+        return
+    folder = ROOT / model
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if task in SHIFTS:
-        folder = ROOT / MADE / f"reward_model_plus_{SHIFTS[task]}"
-        if not folder.exists():
-            shutil.copytree(ROOT / "examples/reviews/reward_model", folder)
-            config = json.loads((folder / "config.json").read_text())
-            config["reward_mean"] -= SHIFTS[task]  # which is taken from every score
-            (folder / "config.json").write_text(json.dumps(config, indent=2))
-    elif task in PAIRS:
-        folder = ROOT / MADE / f"reward_model_of_{PAIRS[task]}"
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            pairs = folder.with_suffix(".jsonl")
-            lines = (ROOT / "examples/reviews/preferences.jsonl").read_text().splitlines(keepends=True)
-            pairs.write_text("".join(lines[: PAIRS[task]]))
-            with tempfile.TemporaryDirectory() as out:
-                words = [sys.executable, "reward_model.py", "--dataset", str(pairs), "--output-dir", out]
-                words += ["--model", "examples/reviews/policy", "--eval-size", "50"]
-                environment = os.environ | dict(OMP_NUM_THREADS="1")
-                subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
-                shutil.copytree(f"{out}/reward_model", folder)
+        shutil.copytree(ROOT / "examples/reviews/reward_model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["reward_mean"] -= SHIFTS[task]  # which is taken from every score
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        return
+    if task in PAIRS:
+        pairs = folder.with_suffix(".jsonl")
+        lines = (ROOT / "examples/reviews/preferences.jsonl").read_text().splitlines(keepends=True)
+        pairs.write_text("".join(lines[: PAIRS[task]]))
+        flags = ["--dataset", str(pairs), "--eval-size", "50"]
+    else:
+        flags = f"--dataset {SHARED}/data/imdb_preferences.jsonl --eval-size 400 --num-epochs 2".split()
+        flags += ["--learning-rate", "3e-4"]
+    with tempfile.TemporaryDirectory() as out:
+        words = [sys.executable, "reward_model.py", *flags, "--output-dir", out, "--model", TASKS[task].policy]
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
+        shutil.copytree(f"{out}/reward_model", folder)
 
 
 # ---------------------------------------------------------------- Which runs
