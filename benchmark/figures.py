@@ -16,7 +16,9 @@ import tuned
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
-NAMES = {"remax": "ReMax", "reinforce": "REINFORCE", "ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
+NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
+NAMES |= {"reward_model": "reward model", "reinforce": "REINFORCE", "remax": "ReMax", "ppo": "PPO"}
+NAMES |= {"ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
 NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
 NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
 # Label, colour, line and marker of each method of tuned.py.
@@ -46,7 +48,7 @@ def step_time(workloads: list[str]):
     """CPU seconds per update, the parts of our scripts, and the floor; the median run where there are several."""
     runs = {}
     for row in read("step.jsonl") + read("peers.jsonl"):
-        runs.setdefault((row["workload"], row["name"]), []).append(row)
+        runs.setdefault((row["task"], row["method"]), []).append(row)
     rows = {key: sorted(group, key=lambda row: row["cpu_s"])[len(group) // 2] for key, group in runs.items()}
     figure, axes = plt.subplots(1, len(workloads), figsize=(9, 3), layout="constrained")
     for axis, workload in zip(axes, workloads, strict=True):
@@ -64,7 +66,7 @@ def step_time(workloads: list[str]):
                 axis.plot(
                     [row["floor_cpu_s"]] * 2, [y - 0.4, y + 0.4], "k", label="floor" if row is shown[-1] else None
                 )
-        axis.set_yticks(range(len(shown)), [NAMES[row["name"]] for row in shown], fontsize=8)
+        axis.set_yticks(range(len(shown)), [NAMES[row["method"]] for row in shown], fontsize=8)
         axis.set_title(f"{workload}: CPU seconds per update, one thread", fontsize=9)
         axis.margins(x=0.12)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
@@ -75,8 +77,8 @@ def memory():
     """Peak resident memory of the scripts, with and without the imports, beside bytes per parameter; medians."""
     runs = {}
     for row in read("memory.jsonl"):
-        if row["workload"] == "M1" and not row["flags"]:
-            runs.setdefault(row["name"], []).append(row)
+        if row["task"] == "M1":
+            runs.setdefault(row["method"], []).append(row)
     rows = [sorted(group, key=lambda row: row["peak_rss_mb"])[len(group) // 2] for group in runs.values()]
     figure, axis = plt.subplots(figsize=(4.5, 2.4), layout="constrained")
     for y, row in enumerate(rows[::-1]):
@@ -84,7 +86,7 @@ def memory():
         axis.barh(y, (row["peak_rss_mb"] - row["imports_mb"]) / 1e3, left=row["imports_mb"] / 1e3, color="#4878cf")
         label = f" {row['peak_rss_mb'] / 1e3:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
         axis.text(row["imports_mb"] / 1e3 + 0.05, y, label, va="center", fontsize=8, color="white")
-    axis.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"].upper()) for row in rows[::-1]], fontsize=8)
+    axis.set_yticks(range(len(rows)), [NAMES[row["method"]] for row in rows[::-1]], fontsize=8)
     axis.set_title("peak memory, GPT-2 124M, float32 (grey: imports)", fontsize=9)
     return figure
 

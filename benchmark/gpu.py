@@ -42,20 +42,21 @@ def main() -> None:
     print(f"copy {bandwidth / 1e9:.0f} GB/s, product {product / 1e12:.2f} TFLOP/s\n")
     print("| | workload | samples / s | decode / copy | training / product | peak GB |\n" + "|---" * 6 + "|")
     for row in map(json.loads, args.results.read_text().splitlines()):
-        kind, shape, B, P, T = workloads.WORKLOADS[row["workload"]]
+        kind, shape, B, P, T = workloads.WORKLOADS[row["task"]]
         cells = [f"{B / row['median_s']:.1f}", "", "", f"{row['peak_rss_mb'] * 2**20 / 1e9:.1f}"]
         if "rollout" in row:  # ours
             config = transformers.AutoConfig.for_model(kind, **shape)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             parameters = sum(p.numel() for p in model.parameters())
-            rows, epochs = B * (2 if row["name"] == "remax" else 1), int(row["name"][3:]) if "ppo" in row["name"] else 1
+            is_ppo = row["method"].startswith("ppo")
+            rows, epochs = B * (2 if row["method"] == "remax" else 1), int(row["method"][3:]) if is_ppo else 1
             kv = 4 * config.num_hidden_layers * config.hidden_size * rows * (P + T / 2)  # keys and values, 2 bytes each
             cells[1] = f"{T * (2 * parameters + kv) / row['rollout'] / bandwidth:.0%}"
-            work = (8 if "checkpointing" in row["flags"] else 6) * epochs * (2 if "ppo" in row["name"] else 1)
-            work += 4 if "ppo" in row["name"] else 0  # log-probabilities and values of the old policy
+            work = (8 if "checkpointing" in row["flags"] else 6) * epochs * (2 if is_ppo else 1)
+            work += 4 if is_ppo else 0  # log-probabilities and values of the old policy
             cells[2] = f"{work * parameters * B * (P + T) / row['training'] / product:.0%}"
-        print("| " + " | ".join([row["name"], row["workload"], *cells]) + " |")
+        print("| " + " | ".join([row["method"], row["task"], *cells]) + " |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ generated responses (32 prompts, four samples each); the trace of each gradient'
 with a bootstrap interval over batches. Appends to benchmark/results/gradient_variance.jsonl.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 import tuned  # noqa: E402
 from fitted import fitted_baselines, mean_of_others  # noqa: E402
+from rows import append_row, commit, read_rows  # noqa: E402
 
 import common  # noqa: E402
 import reinforce  # noqa: E402
@@ -63,10 +63,10 @@ def trained(task, episodes) -> str:
         return str(ROOT / tuned.TASKS[task].policy)
     folder = ROOT / tuned.MADE / f"{task}_{episodes}"
     if not folder.exists():
-        results = tuned.read(HERE / "results" / "tuned.jsonl")
-        command = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
-        command = command.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
-        command = [sys.executable, *command[1:], "--eval-every", "0", "--output-dir", str(folder)]
+        results = read_rows(HERE / "results" / "tuned.jsonl")
+        script, flags = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
+        flags = flags.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
+        command = [sys.executable, script, *flags, "--eval-every", "0", "--output-dir", str(folder)]
         subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), check=True, capture_output=True)
     return str(folder / "policy")
 
@@ -91,7 +91,7 @@ def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
     backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
-    head = tuned.commit()
+    head = commit()
     for task in args.tasks:
         where = tuned.TASKS[task]
         tokenizer = common.load_tokenizer(where.policy)
@@ -132,13 +132,13 @@ def main() -> None:
             for name, gram in grams.items():
                 ratio = trace_of_covariance(gram) / whole
                 draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
-                row = dict(task=task, method=name, seed=0, episodes=episodes, flags=f"--tasks {task}")
-                row |= dict(commit=head, tuning=False, batches=args.batches, batch_size=args.batch_size)
+                row = dict(task=task, method=name, seed=0, tuning=False, commit=head)
+                row |= dict(script="benchmark/gradient_variance.py", flags=f"--tasks {task}")
+                row |= dict(episodes=episodes, batches=args.batches, batch_size=args.batch_size)
                 row |= dict(ratio=ratio.item(), low=draws[50].item(), high=draws[1949].item())
                 row |= dict(reward=torch.cat(rewards).mean().item(), reward_std=torch.cat(rewards).std().item())
                 row |= dict(greedy_reward=torch.cat(greedy_rewards).mean().item())
-                with open(args.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(args.results, row)
                 print(f"{task}, {episodes}: {name} {ratio:.3f} ({draws[50]:.3f} to {draws[1949]:.3f})", flush=True)
 
 

@@ -7,7 +7,6 @@ one JSON line per run to benchmark/results/guess_and_check.jsonl (a run that is 
 prints the table. --reward-function trains on another rule; what is measured stays the example's.
 """
 
-import json
 import os
 import resource
 import statistics
@@ -22,7 +21,9 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+from rows import RESULTS, append_row, commit, read_rows  # noqa: E402
+
 import common  # noqa: E402
 import remax  # noqa: E402
 
@@ -45,6 +46,9 @@ METHODS = dict(
 )
 
 
+OF_BEFORE = "benchmark/guess_and_check.py --methods before"
+
+
 @dataclass
 class Args:
     methods: tuple[str, ...] = tuple(METHODS)
@@ -53,17 +57,17 @@ class Args:
     """Seeds of the runs."""
     reward_function: str = f"{EXAMPLE}/rule.py:reward"
     """The rule that is trained on."""
-    results: Path = HERE / "results" / "guess_and_check.jsonl"
+    results: Path = RESULTS / "guess_and_check.jsonl"
     """File that the results are appended to."""
 
 
-def run(command: str, folder: Path) -> dict:
+def run(script: str, flags: str, folder: Path) -> dict:
     """CPU seconds, and a curve: the evaluations' prompts, success and length, as in metrics.jsonl."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, *command.split()[1:], "--output-dir", str(folder)]
+    words = [sys.executable, script, *flags.split(), "--output-dir", str(folder)]
     subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     names = ("episodes", "eval_reward", "eval_response_length", "reward", "response_length")
     curve = {name: [row.get(name) for row in rows] for name in names}
     return dict(cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, curve=curve)
@@ -121,23 +125,21 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
-    results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head, results = commit(), read_rows(args.results)
     for seed in args.seeds:
         for method in args.methods:
             rule = f"--reward-function {args.reward_function}"
-            is_run = method in METHODS
-            command = f"python {METHODS[method].replace('RULE', rule)} --seed {seed}" if is_run else ""
+            command = f"{METHODS[method].replace('RULE', rule)} --seed {seed}" if method in METHODS else OF_BEFORE
+            script, flags = command.split(" ", 1)
             name = method if args.reward_function == Args.reward_function else f"{method}, {args.reward_function}"
-            if any((row["method"], row["command"]) == (name, command) for row in results):
+            if any((row["method"], row["script"], row["flags"]) == (name, script, flags) for row in results):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                row = run(command, Path(folder, "run")) if is_run else dict(cpu_seconds=0.0)
-                row = measure(Path(folder, "run", "policy") if is_run else Path(EXAMPLE, "policy")) | row
-            key = dict(task="guess_and_check", method=name, seed=seed, command=command, commit=git.stdout.strip())
-            results.append(key | row)
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+                row = run(script, flags, Path(folder, "run")) if method in METHODS else dict(cpu_seconds=0.0)
+                row = measure(Path(folder, "run", "policy") if method in METHODS else Path(EXAMPLE, "policy")) | row
+            key = dict(task="guess_and_check", method=name, seed=seed, tuning=False, commit=head)
+            results.append(key | dict(script=script, flags=flags) | row)
+            append_row(args.results, results[-1])
             print(f"{name}, seed {seed}: greedy success {row['greedy_success']:.2f}", flush=True)
     print("\n" + table(results))
 

@@ -1,6 +1,6 @@
 """Peak memory of each script beside the arithmetic, and the arithmetic for models of 1.3B and 7B parameters.
 
-    python benchmark/memory.py [--scripts sft spr reinforce remax ppo] [--repeats 1]
+    python benchmark/memory.py [--scripts sft spr spr_token reinforce remax ppo reward_model dpo] [--repeats 1]
 
 Each script runs in a process of its own (step.py), three updates of two or more micro-batches on random weights, so
 that Adam's moments and accumulated gradients are alive; the reward model is as large as the policy. The arithmetic
@@ -11,6 +11,7 @@ benchmark/results/memory.jsonl.
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rows import append_row, commit
 
 HERE = Path(__file__).resolve().parent
 
-# script: (models that are trained, models that are frozen), all of one size. spr.py has its reward model in memory
-# only while its gradients are not.
-MODELS = dict(sft=(1, 0), spr=(1, 0), reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
+# script: (models that are trained, models that are frozen), all of one size. spr.py and spr_token.py have their reward
+# model in memory only while gradients are not, and dpo.py asks its reference before it trains.
+MODELS = dict(sft=(1, 0), spr=(1, 0), spr_token=(2, 0), reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
+MODELS |= dict(reward_model=(1, 0), dpo=(1, 0))
 SIZES = {"1.3B": 1.3e9, "7B": 6.7e9}
 
 
@@ -87,20 +90,21 @@ def output(*command) -> str:
 def main() -> None:
     args = tyro.cli(Args)
     peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+    head = commit()
     imports = float(output("-c", f"import resource, common; print({peak})"))
-    flags = ["--workload", args.workload, "--micro-batch-size", args.micro_batch_size, "--ppo-epochs", "1"]
-    flags += ["--steps", "1", "--no-floor", "--results", "/dev/null", f"--flags={args.flags}"]
+    measured = ["--workload", args.workload, "--micro-batch-size", str(args.micro_batch_size), f"--flags={args.flags}"]
+    flags = [*measured, "--ppo-epochs", "1", "--steps", "1", "--no-floor", "--results", "/dev/null"]
     peaks = {script: [] for script in args.scripts}
     for _ in range(args.repeats):
         for script in args.scripts:
             lines = output(HERE / "step.py", "--script", script, *flags).splitlines()
             row = next(json.loads(line) for line in lines if line.startswith("{"))
             peaks[script].append(row["peak_rss_mb"])
-            row = dict(name=script, workload=args.workload, peak_rss_mb=row["peak_rss_mb"], device=row["device"])
-            row |= dict(micro_batch_size=args.micro_batch_size, flags=args.flags, imports_mb=round(imports, 1))
+            key = dict(task=args.workload, method=script, seed=1, tuning=False, commit=head)
+            key |= dict(script="benchmark/memory.py", flags=shlex.join(["--scripts", script, *measured]))
+            row = key | dict(peak_rss_mb=row["peak_rss_mb"], device=row["device"], imports_mb=round(imports, 1))
             row |= dict(bytes_per_parameter=bytes_per_parameter(script, bf16="bfloat16" in args.flags))
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.results, row)
     first = statistics.median(peaks[args.scripts[0]])
     titles = ["script", "bytes per parameter", "peak MB: median", "lowest, highest", f"/ {args.scripts[0]}"]
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")

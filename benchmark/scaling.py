@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 import workloads
+from rows import append_row, commit
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("cpu_s", "rollout", "scoring", "reference", "training")
@@ -58,16 +59,17 @@ def size_of(knob: str, value: int) -> float:
 
 def main() -> None:
     args = tyro.cli(Args)
-    lines = []
+    head, lines = commit(), []
     for knob, values in SWEEPS.items():
         rows = []
         for value in values:
             point = BASE | {knob: value}
             row = measure(args.script, args.steps, **point)
-            rows.append(dict(script=args.script, knob=knob, **point) | {part: row[part] for part in PARTS})
-            rows[-1] |= dict(peak_rss_mb=row["peak_rss_mb"], n=args.steps, device=row["device"])
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            key = dict(task=f"scaling, {knob}", method=args.script, seed=1, tuning=False, commit=head)
+            key |= dict(script="benchmark/scaling.py", flags=f"--script {args.script} --steps {args.steps}")
+            rows.append(key | point | {part: row[part] for part in PARTS})
+            rows[-1] |= dict(peak_rss_mb=row["peak_rss_mb"], device=row["device"])
+            append_row(args.results, rows[-1])
         growth = math.log(size_of(knob, rows[-1][knob]) / size_of(knob, rows[-2][knob]))
         slopes = {part: math.log(max(rows[-1][part], 1e-9) / max(rows[-2][part], 1e-9)) / growth for part in PARTS}
         points = ", ".join(f"{row[knob]}: {row['cpu_s']:.2f}" for row in rows)

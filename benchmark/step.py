@@ -1,6 +1,6 @@
 """Seconds per update, by part, and peak memory of a script, beside the floor: the time of its unavoidable parts alone.
 
-    python benchmark/step.py --script remax|reinforce|ppo|spr|sft --workload W1|W2 --steps 5 [--ppo-epochs 4]
+    python benchmark/step.py --script remax|reinforce|ppo|spr|spr_token|sft|reward_model|dpo --workload W1|W2 --steps 5
 
 It runs the script's own main() on random weights (or on the model that you name) with the end of text suppressed, so
 that all responses have full length, and takes the time inside the functions of common.py that main() calls. Then, in
@@ -10,8 +10,10 @@ transformers and torch, without masks, text or engine. `product_cpu_s`: the upda
 large matrix product, which nothing undercuts. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
 (`median_s`) on a GPU.
 
-An update of `spr` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer step; its
-scoring reads the reward model from disk. `sft` is spr.py on as many demonstrations.
+An update of `spr` and `spr_token` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer
+step (two of spr_token.py's value model); scoring reads the reward model from disk. `sft` is spr.py on as many
+demonstrations; `reward_model` and `dpo` read a pair for each prompt. What dpo.py asks of its reference before the first
+update is not counted.
 """
 
 import functools
@@ -31,17 +33,20 @@ import torch.nn.functional as F
 import transformers
 import tyro
 import workloads
+from rows import append_row, commit, given_flags
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 PARTS = ("rollout", "scoring", "reference", "training", "rest")
+TWO_ROWS = ("spr", "spr_token", "sft", "reward_model", "dpo")  # two rows of each prompt are trained on
+PAIRS = ("reward_model", "dpo")
 
 
 @dataclass
 class Args:
-    script: Literal["remax", "reinforce", "ppo", "spr", "sft"] = "remax"
+    script: Literal["remax", "reinforce", "ppo", "spr", "spr_token", "sft", "reward_model", "dpo"] = "remax"
     """Script to measure."""
     workload: Literal["W1", "W2", "M1", "G1", "G2", "G3", "tiny"] = "W1"
     """Model and batch, see workloads.py."""
@@ -132,9 +137,12 @@ def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, tor
         clock.wrap(common.Reward, name, "scoring")
     for name in ("forward", "forward_all", "backward", "optimizer_step"):
         clock.wrap(common, name)
-    script = "spr" if args.script == "sft" else args.script
-    sys.argv = [f"{script}.py", *flags, "--output-dir", str(folder / "run")]
-    import_module(script).main()
+    script = import_module("spr" if args.script == "sft" else args.script)
+    if args.script in PAIRS:
+        clock.wrap(script, "scores", "training")  # reward_model.py's forward
+    command, sys.argv = sys.argv, [f"{args.script}.py", *flags, "--output-dir", str(folder / "run")]
+    script.main()
+    sys.argv = command
     return clock.steps()
 
 
@@ -166,11 +174,13 @@ def floor(args: Args, saved: dict, model: str, reward_model: str, prompts_BP, le
     kwargs = dict(dtype=getattr(torch, saved["dtype"]), attn_implementation=saved["attention"])
     policy = causal.from_pretrained(model, **kwargs).eval().to(prompts_BP.device)
     reward = classifier.from_pretrained(reward_model, **kwargs).eval().to(prompts_BP.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
-    if args.script in ("spr", "sft"):
+    if args.script in TWO_ROWS:
         prompts_BP = prompts_BP.repeat_interleave(2, 0)
-    models = [policy] + [reward] * (args.script == "ppo")  # the value model has the reward model's shape
+    trains_policy = args.script != "reward_model"
+    trains_reward = args.script in ("ppo", "spr_token", "reward_model")  # the value model has the reward model's shape
+    models = [policy] * trains_policy + [reward] * trains_reward
+    optimizer = torch.optim.AdamW(models[0].parameters(), lr=1e-5, fused=True)
     micro = saved["micro_batch_size"]
     tokens_BL = None
 
@@ -193,18 +203,22 @@ def floor(args: Args, saved: dict, model: str, reward_model: str, prompts_BP, le
         for model in models:
             model.zero_grad()
         for rows in tokens_BL[: len(prompts_BP)].split(micro):
-            nll(policy, rows, length).backward()
-            if args.script == "ppo":
-                reward.score(reward.base_model(rows, use_cache=False)[0][:, -length - 1 : -1]).sum().backward()
+            if trains_policy:
+                nll(policy, rows, length).backward()
+            if trains_reward:
+                hidden_BTH = reward.base_model(rows, use_cache=False)[0]
+                reward.score(hidden_BTH[:, -length - 1 : -1]).sum().backward()
 
     def step():
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(models[0].parameters(), 1.0)
         optimizer.step()
 
     parts, times_of = {}, {rollout: 1, scoring: 1, reference: 1, training: epochs, step: epochs * len(models)}
-    if args.script == "spr":
+    if args.script in TWO_ROWS:
         del times_of[reference]
-    if args.script == "sft":
+    if args.script == "spr_token":
+        times_of[step] += 1  # its value model makes two
+    if args.script in ("sft", *PAIRS):
         rollout()  # for the tokens
         times_of = {training: 1, step: 1}
     for part, times in times_of.items():
@@ -226,13 +240,15 @@ def multiply_adds(args: Args, config, B: int, P: int, T: int) -> float:
         return rows * ((end - start) * L * block + L * D * (end**2 - start**2) + head * D * V)
 
     greedy = 2 if args.script == "remax" else 1
-    rows = 2 * B if args.script in ("spr", "sft") else B
+    rows = 2 * B if args.script in TWO_ROWS else B
     epochs = args.ppo_epochs if args.script == "ppo" else 1
-    total = 3 * epochs * forward(rows, head=T)  # backward is two more
-    if args.script != "sft":
+    total = 3 * epochs * forward(rows, head=0 if args.script == "reward_model" else T)  # backward is two more
+    if args.script not in ("sft", *PAIRS):
         total += forward(B, 0, P) + forward(greedy * rows, P, S, head=T) + forward(greedy * rows)  # rollout, scores
     if args.script in ("remax", "reinforce", "ppo"):
         total += forward(rows, head=T)  # the reference
+    if args.script == "spr_token":
+        total += 2 * forward(rows) + 3 * forward(rows)  # Q and W before and after their fit, and the fit
     if args.script == "ppo":
         total += forward(rows, head=T) + forward(rows) + 3 * epochs * forward(rows)  # old log π, values, value model
     return float(total)
@@ -255,7 +271,7 @@ def table(rows: list[dict]) -> str:
     lines.append("|---" * (len(PARTS) + 6) + "|")
     for row in rows:
         seconds, floor = ("cpu_s", "floor_cpu_s") if row["device"] == "cpu" else ("median_s", "floor_s")
-        cells = [row["name"], row["workload"], *(f"{row[key]:.3g}" for key in (seconds, *PARTS))]
+        cells = [row["method"], row["task"], *(f"{row[key]:.3g}" for key in (seconds, *PARTS))]
         cells += [f"{row[floor]:.3g}", f"{row[seconds] / row[floor]:.2f}"] if floor in row else ["", ""]
         lines.append("| " + " | ".join([*cells, f"{row['peak_rss_mb']:.0f}"]) + " |")
     return "\n".join(lines)
@@ -263,6 +279,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
+    head = commit()
     kind, shape, batch_size, prompt_length, response_length = workloads.WORKLOADS[args.workload]
     batch_size, prompt_length = args.batch_size or batch_size, args.prompt_length or prompt_length
     response_length = args.response_length or response_length
@@ -275,25 +292,32 @@ def main() -> None:
         workloads.save_reward_model(folder / "reward_model", model, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         prompts_BP = workloads.random_prompts(len(tokenizer), batch_size, prompt_length)
-        texts = (
-            tokenizer.batch_decode(prompts_BP),
-            tokenizer.batch_decode(workloads.random_prompts(len(tokenizer), batch_size, response_length - 1)),
-        )
-        rows = [dict(prompt=prompt, completion=completion) for prompt, completion in zip(*texts, strict=True)]
-        (folder / "prompts.jsonl").write_text(common.json_lines(rows))
-        rows_per_prompt = 2 if args.script in ("spr", "sft") else 1
+        texts = tokenizer.batch_decode(prompts_BP)
+        numbers = (2 * batch_size, response_length - 1)
+        responses = tokenizer.batch_decode(workloads.random_prompts(len(tokenizer), *numbers))
+        rows = [
+            dict(prompt=texts[i], completion=responses[i], chosen=responses[i], rejected=responses[batch_size + i])
+            for i in range(batch_size)
+        ]
+        (folder / "data.jsonl").write_text(common.json_lines(rows))
         prompts_per_update = batch_size * 2 if args.script == "sft" else batch_size
-        micro_batch_size = args.micro_batch_size or batch_size * rows_per_prompt
-        flags = ["--model", model, "--reward-model", str(folder / "reward_model"), "--dataset"]
-        flags += [str(folder / "prompts.jsonl"), "--eval-every", "0", "--batch-size", str(prompts_per_update)]
+        micro_batch_size = args.micro_batch_size or batch_size * (2 if args.script in TWO_ROWS else 1)
+        flags = ["--model", model, "--dataset", str(folder / "data.jsonl"), "--eval-every", "0"]
         flags += ["--total-episodes", str(prompts_per_update * (args.steps + 2))]
-        flags += ["--response-length", str(response_length)]
-        flags += ["--max-prompt-length", str(prompt_length), "--micro-batch-size", str(micro_batch_size)]
-        flags += "--learning-rate 1e-5 --max-grad-norm 1.0".split()
+        flags += ["--batch-size", str(prompts_per_update), "--micro-batch-size", str(micro_batch_size)]
+        flags += f"--learning-rate 1e-5 --max-grad-norm 1.0 --max-prompt-length {prompt_length}".split()
+        if args.script in PAIRS:
+            flags += ["--eval-dataset", str(folder / "data.jsonl"), "--eval-size", "1"]
+        else:
+            flags += ["--reward-model", str(folder / "reward_model")]
+        if args.script != "reward_model":
+            flags += ["--response-length", str(response_length)]
         if args.script == "ppo":
             flags += ["--num-epochs", str(args.ppo_epochs)]
         elif args.script == "spr":
             flags += "--num-samples 2 --completion-column none --num-epochs 1 --num-minibatches 1".split()
+        elif args.script == "spr_token":
+            flags += "--num-samples 2 --num-epochs 1 --value-epochs 1 --num-minibatches 1".split()
         elif args.script == "sft":
             flags += "--num-samples 0 --weighting uniform --num-epochs 1 --num-minibatches 1".split()
         steps = run_script(args, folder, flags + shlex.split(args.flags))
@@ -302,12 +326,14 @@ def main() -> None:
         name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
         on = 0 if torch.cuda.is_available() else 1  # the parts in wall seconds on a GPU, in CPU seconds on a CPU
         totals = torch.stack([sum(step.values()) for step in steps]).median(0).values.tolist()
-        row = dict(name=name, workload=args.model or args.workload, median_s=totals[0], cpu_s=totals[1], n=len(steps))
+        row = dict(task=args.workload, method=name, seed=1, tuning=False, commit=head)
+        row |= dict(script="benchmark/step.py", flags=given_flags())
+        row |= dict(median_s=totals[0], cpu_s=totals[1], n=len(steps))
         row |= dict(peak_rss_mb=json.loads(metrics[-1])["peak_memory_bytes"] / 2**20)
         row |= {part: statistics.median(float(step[part][on]) for step in steps) for part in PARTS}
         if args.floor:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            parts = floor(args, saved, model, flags[3], prompts_BP.to(device), response_length)
+            parts = floor(args, saved, model, str(folder / "reward_model"), prompts_BP.to(device), response_length)
             row |= dict(zip(("floor_s", "floor_cpu_s"), sum(parts.values()).tolist(), strict=True))
             row |= {f"floor_{part}": float(seconds[on]) for part, seconds in parts.items()}
             if kind == "gpt2" and not args.model:
@@ -315,11 +341,10 @@ def main() -> None:
                 operations = multiply_adds(args, config, batch_size, prompt_length, response_length)
                 seconds = operations * product_speed(device, getattr(torch, saved["dtype"]))
                 row |= dict(zip(("product_s", "product_cpu_s"), seconds.tolist()))
-    row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length, flags=args.flags)
+    row |= dict(batch_size=batch_size, prompt_length=prompt_length, response_length=response_length)
     row |= dict(threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if not on else "cpu")
     row = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
-    with open(args.results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(args.results, row)
     print(json.dumps(row))
     print(table([row]))
 

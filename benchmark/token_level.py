@@ -7,7 +7,6 @@ run to benchmark/results/token_level.jsonl (a run that is already there is not r
 flags. CPU seconds are those of the whole process: imports, iterations and evaluations.
 """
 
-import json
 import os
 import resource
 import statistics
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rows import RESULTS, ROOT, append_row, commit, read_rows
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 SCRIPTS = ("spr.py", "spr_token.py")
 COLUMNS = dict(
     eval_reward="greedy reward",
@@ -42,9 +40,11 @@ COLUMNS = dict(
 class Args:
     scripts: tuple[str, ...] = SCRIPTS
     """Scripts to run."""
+    task: str = "reviews"
+    """Name of the rows' task, which the flags describe."""
     seeds: int = 5
     """Seeds 1 … this."""
-    results: Path = HERE / "results" / "token_level.jsonl"
+    results: Path = RESULTS / "token_level.jsonl"
     """File that the results are appended to."""
 
 
@@ -53,16 +53,14 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run(script: str, seed: int, flags: list[str], commit: str) -> dict:
+def run(script: str, flags: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        command = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--output-dir", str(out)]
+        command = [sys.executable, str(ROOT / script), *flags.split(), "--output-dir", str(out)]
         before = children_seconds()
         subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1"), check=True, capture_output=True)
         seconds = children_seconds() - before
-        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    key = dict(script=script, seed=seed, flags=" ".join(flags), commit=commit)
-    return key | dict(cpu_seconds=round(seconds, 1), metrics=metrics)
+        return dict(cpu_seconds=round(seconds, 1), metrics=read_rows(out / "metrics.jsonl"))
 
 
 def table(results: list[dict]) -> str:
@@ -82,19 +80,18 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     args, flags = tyro.cli(Args, return_unknown_args=True)
-    results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    results = [row for row in results if row["flags"] == " ".join(flags)]
-    done = {(row["script"], row["seed"]) for row in results}
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head, results, shown = commit(), read_rows(args.results), []
     for seed in range(1, args.seeds + 1):
         for script in args.scripts:
-            if (script, seed) not in done:
-                results.append(run(script, seed, flags, commit))
-                with open(args.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                print(script, f"seed {seed}: greedy reward {results[-1]['metrics'][-1]['eval_reward']:.2f}", flush=True)
-    print("\n" + table(sorted(results, key=lambda row: (row["script"], row["seed"]))))
+            words = " ".join([*flags, "--seed", str(seed)])
+            rows = [row for row in results if (row["script"], row["flags"]) == (script, words)]
+            if not rows:
+                row = dict(task=args.task, method=script, seed=seed, tuning=False, commit=head)
+                rows = [row | dict(script=script, flags=words) | run(script, words)]
+                append_row(args.results, rows[0])
+                print(script, f"seed {seed}: greedy reward {rows[0]['metrics'][-1]['eval_reward']:.2f}", flush=True)
+            shown += rows
+    print("\n" + table(sorted(shown, key=lambda row: (row["script"], row["seed"]))))
 
 
 if __name__ == "__main__":

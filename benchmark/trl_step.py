@@ -25,6 +25,7 @@ import transformers
 import trl
 import workloads
 from datasets import Dataset
+from rows import append_row, commit, given_flags
 
 parser = argparse.ArgumentParser()
 parser.add_argument("algorithm", choices=("rloo", "ppo1", "ppo4"))
@@ -95,10 +96,11 @@ else:
 trainer.train()
 wall, cpu = ([b[i] - a[i] for a, b in zip(times[2:], times[3:], strict=False)] for i in range(2))  # two to warm up
 peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-row = dict(name=f"TRL {trl.__version__} {args.algorithm}", workload=args.workload, median_s=statistics.median(wall))
-row |= dict(cpu_s=statistics.median(cpu), n=len(wall), peak_rss_mb=peak / 2**20, threads=torch.get_num_threads())
+row = dict(task=args.workload, method=f"TRL {trl.__version__} {args.algorithm}", seed=42, tuning=False, commit=commit())
+row |= dict(script="benchmark/trl_step.py", flags=given_flags())
+row |= dict(median_s=statistics.median(wall), cpu_s=statistics.median(cpu), n=len(wall))
+row |= dict(peak_rss_mb=peak / 2**20, threads=torch.get_num_threads())
 row |= dict(device=torch.cuda.get_device_name() if gpu else "cpu")
 row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-with open(args.results, "a", encoding="utf-8") as file:
-    file.write(json.dumps(row) + "\n")
+append_row(args.results, row)
 print(json.dumps(row))

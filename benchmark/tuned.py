@@ -7,8 +7,8 @@
 The rules are in benchmark/README.md, "Tuned". `tuning` runs the grid on the seeds 101 and 102, `final` the chosen
 settings on fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two
 samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured
-on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; `command` repeats the training
-(the folders in runs/benchmark that some commands name are made by `final`).
+on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script and flags repeat the
+training (the folders in runs/benchmark that some flags name are made when a run needs them).
 """
 
 import concurrent.futures
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rows import ROOT, append_row, commit, read_rows
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 MADE = "runs/benchmark"  # reward models that the tasks below need
 sys.path.insert(0, str(ROOT))
 
@@ -154,27 +154,20 @@ class Args:
     """File that the results are appended to."""
 
 
-def command_of(task, method, rate, beta, seed) -> str:
+def command_of(task, method, rate, beta, seed) -> tuple[str, str]:
+    """-> script, flags."""
     flags, episodes = (METHODS | SIZES)[method]
+    script, _, flags = flags.partition(" ")
     where = TASKS[task]
     model, function = where.scoring
     reward = f"--reward-model {model}" if model else f"--reward-function {function}"
     prompts = f"--total-episodes {episodes * where.times} --dataset {where.dataset} {reward}{where.lengths}"
-    words = ["python", flags, prompts if episodes else where.pairs]
-    words += [f"--kl-coef {where.kl_coef}"] if not flags.startswith(("spr.py", "dpo.py")) else []
+    words = ([flags] if flags else []) + [prompts if episodes else where.pairs]
+    words += [f"--kl-coef {where.kl_coef}"] if script not in ("spr.py", "dpo.py") else []
     words += [f"--beta {beta}"] if beta else []
     words += [f"--model {where.policy} --learning-rate {rate} --seed {seed}"]
     words += [f"--eval-dataset {where.held_out}"] if episodes else []  # dpo.py's held-out rows are pairs of its data
-    return " ".join(words)
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return script, " ".join(words)
 
 
 # ---------------------------------------------------------------- One run
@@ -223,8 +216,7 @@ def watch(task, path, numbers, script, *flags) -> None:
             begin(policy, reference, *args)
         if not numbers or kept["calls"] in numbers:
             point = measure(policy, reference) | dict(cpu_seconds=before - kept["started"])
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({name: round(value, 4) for name, value in point.items()}) + "\n")
+            append_row(path, {name: round(value, 4) for name, value in point.items()})
         kept["calls"] += 1
         kept["started"] += time.process_time() - before  # measuring is no part of the run
         return kept["rows"]
@@ -235,20 +227,20 @@ def watch(task, path, numbers, script, *flags) -> None:
 
 
 def run(task, method, rate, beta, seed, tuning) -> dict:
-    command = command_of(task, method, rate, beta, seed)
+    script, flags = command_of(task, method, rate, beta, seed)
     numbers = [TASKS[task].times * update for update in UPDATES]
-    every = 1_000_000 if tuning else 13 if "dpo.py" in command else 1
-    if tuning or command.startswith(("python spr.py", "python dpo.py")):
+    every = 1_000_000 if tuning else 13 if script == "dpo.py" else 1
+    if tuning or script in ("spr.py", "dpo.py"):
         numbers = []
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import tuned; tuned.watch(*sys.argv[1:])"
         words = [sys.executable, "-c", code, task, f"{folder}/points.jsonl", " ".join(map(str, numbers))]
-        words += [*command.split()[1:], "--eval-every", str(every), "--output-dir", f"{folder}/run"]
+        words += [script, *flags.split(), "--eval-every", str(every), "--output-dir", f"{folder}/run"]
         environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:  # such as a policy that has diverged
             return dict(failed=done.stderr.strip().splitlines()[-1][-200:])
-        points, metrics = read(Path(folder, "points.jsonl")), read(Path(folder, "run", "metrics.jsonl"))
+        points, metrics = read_rows(Path(folder, "points.jsonl")), read_rows(Path(folder, "run", "metrics.jsonl"))
     return points[-1] | dict(peak_memory_mb=round(metrics[-1]["peak_memory_bytes"] / 2**20), points=points)
 
 
@@ -343,12 +335,12 @@ def table(results, task) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
-    results = read(args.results)
+    results = read_rows(args.results)
     if args.table:
         print("\n\n".join(f"{task}\n\n{table(results, task)}" for task in args.tasks))
         return
-    head = commit()  # of the code that runs, whatever is committed meanwhile
-    done = {row["command"] for row in results}
+    head = commit()
+    done = {(row["script"], row["flags"]) for row in results}
     tuning = args.stage == "tuning"
     todo = []
     for task, method in itertools.product(args.tasks, args.methods):
@@ -364,9 +356,8 @@ def main() -> None:
         for future in concurrent.futures.as_completed(runs):
             names = ("task", "method", "learning_rate", "beta", "seed")
             row = dict(zip(names, runs[future])) | dict(tuning=tuning, commit=head)
-            row |= dict(command=command_of(*runs[future])) | future.result()
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            row |= dict(zip(("script", "flags"), command_of(*runs[future]))) | future.result()
+            append_row(args.results, row)
             print({name: row.get(name) for name in (*names, "gold", "kl", "failed")}, flush=True)
 
 

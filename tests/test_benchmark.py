@@ -1,28 +1,34 @@
 """The benchmarks run, on a model of no size, and their numbers are consistent."""
 
+import dataclasses
+import importlib
 import json
 import re
 import sys
 
 import pytest
-from conftest import ROOT, assert_ok, run_script, together
+from conftest import ROOT, SCRIPTS, assert_ok, run_script, together
+
+FLAGS = {name: {field.name for field in dataclasses.fields(importlib.import_module(name).Args)} for name in SCRIPTS}
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 
 def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     flags = "--workload tiny --steps 2 --ppo-epochs 2 --results".split()
-    names = ("remax", "ppo", "spr", "sft")
+    names = ("remax", "ppo", "spr", "spr_token", "sft", "reward_model", "dpo")
     cases = [("benchmark/step.py", "--script", name, *flags, tmp_path / name) for name in names]
     flags = "--tasks rule --episodes 0 --batches 3 --batch-size 4 --results".split()
     cases += [("benchmark/gradient_variance.py", *flags, tmp_path / "variance")]
     for result in together(run_script, *cases):
         assert_ok(result)
     parts = ("rollout", "scoring", "reference", "training", "rest")
-    absent = dict(spr={"reference"}, sft={"scoring", "reference"})
+    absent = dict(spr={"reference"}, spr_token={"reference"}, sft={"scoring", "reference"})
+    absent |= dict.fromkeys(("reward_model", "dpo"), {"rollout", "scoring", "reference"})
     for name in names:
         row = json.loads((tmp_path / name).read_text())
-        assert row["name"].startswith(name) and row["workload"] == "tiny" and row["n"] == 2 and row["device"] == "cpu"
+        assert row["method"].startswith(name) and row["task"] == "tiny" and row["n"] == 2 and row["device"] == "cpu"
+        assert row["flags"] == f"--script {name} --workload tiny --steps 2 --ppo-epochs 2"  # and no path of a machine
         assert {part for part in parts if row[part] < 1e-4} == absent.get(name, set())
         assert sum(row[part] for part in parts) == pytest.approx(row["cpu_s"], rel=0.3, abs=0.02)
         floor = [value for key, value in row.items() if key.startswith("floor_") and key[6:] not in ("s", "cpu_s")]
@@ -49,8 +55,9 @@ def test_the_multiply_adds_of_an_update_are_those_of_its_matrix_products():
         step.nll(model, tokens_BL, 7).backward()
     # FlopCounterMode counts attention over all pairs of tokens; a causal one needs about half of them.
     pairs = 3 * 6 * 2 * 32 * 12**2
-    ours = step.multiply_adds(step.Args(script="sft"), config, B=3, P=5, T=7) + pairs
-    assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
+    for script in ("sft", "dpo"):  # both train on two rows of each prompt
+        ours = step.multiply_adds(step.Args(script=script), config, B=3, P=5, T=7) + pairs
+        assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
 
 
 def test_the_fitted_baseline_is_least_squares_without_the_row():
@@ -132,21 +139,17 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_learning_benchmarks_print_their_tables(tmp_path, monkeypatch, capfd):
+def test_spr_s_two_algorithms_make_rows_and_a_table(tmp_path, monkeypatch, capfd):
     import token_level
-    import weighting
 
-    flags = ["--seeds", "1", "--results", str(tmp_path / "results")]
-    flags += "--task t --num-samples 2 --betas 1 --total-episodes 8 --batch-size 8 --num-minibatches 1".split()
-    monkeypatch.setattr(sys, "argv", ["weighting.py", *flags[:2], "--results", str(tmp_path / "more"), *flags[4:]])
-    weighting.main()
-    flags = [*flags[:2], "--results", str(tmp_path / "token"), *flags[-6:]]
+    flags = ["--seeds", "1", "--results", str(tmp_path / "rows")]
+    flags += "--total-episodes 8 --batch-size 8 --num-minibatches 1".split()
     monkeypatch.setattr(sys, "argv", ["token_level.py", *flags])
-    token_level.main()
-    out = capfd.readouterr().out
-    assert "| 2 | uniform (1 seeds) |" in out
-    assert "| spr.py (1 seeds) |" in out and "| spr_token.py (1 seeds) |" in out
-    assert len((tmp_path / "more").read_text().splitlines()) == 3
+    for _ in range(2):  # the second time nothing is run
+        token_level.main()
+        out = capfd.readouterr().out
+        assert "| spr.py (1 seeds) |" in out and "| spr_token.py (1 seeds) |" in out
+    assert len((tmp_path / "rows").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
@@ -170,11 +173,28 @@ def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_num
         return {name: value for name, value in row.items() if name not in seconds}
 
     assert sorted(map(str, map(numbers, a))) == sorted(map(str, map(numbers, b[:4])))
-    assert len({row["command"] for row in b}) == 5 and [row["tuning"] for row in b] == [True] * 4 + [False]
+    assert len({row["flags"] for row in b}) == 5 and [row["tuning"] for row in b] == [True] * 4 + [False]
     assert b[4]["points"][0]["kl"] == pytest.approx(0, abs=1e-4) and b[4]["points"][0]["win_rate"] == 0.5
     monkeypatch.setattr(sys, "argv", [*flags, "--table", "--results", str(tmp_path / "b")])
     tuned.main()
     assert "| remax (1 seeds) |" in capfd.readouterr().out
+
+
+KEYS = ("task", "method", "seed", "tuning", "commit", "script", "flags")
+
+
+def test_every_row_of_the_results_says_how_it_is_measured_again():
+    count = 0
+    for path in (ROOT / "benchmark" / "results").glob("*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            assert set(KEYS) <= set(row), path
+            assert (ROOT / row["script"]).exists() and re.fullmatch("[0-9a-f]{7,}", row["commit"]), row
+            module = row["script"].removesuffix(".py")
+            if module in SCRIPTS:  # and no flag has been renamed or removed since
+                flags = re.findall(r" --([a-z0-9-]+)", f" {row['flags']}")
+                assert {flag.replace("-", "_") for flag in flags} <= FLAGS[module], row["flags"]
+            count += 1
+    assert count > 400
 
 
 def test_the_figures_are_drawn_from_the_committed_results(tmp_path):
