@@ -4,7 +4,6 @@ python benchmark/figures.py [--folder benchmark/results]
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tuned
+from rows import RESULTS, read_rows
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
 NAMES |= {"reward_model": "reward model", "reinforce": "REINFORCE", "remax": "ReMax", "ppo": "PPO"}
@@ -40,8 +39,7 @@ RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
 
 
 def read(name: str) -> list[dict]:
-    path = RESULTS / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(RESULTS / name)
 
 
 def step_time(workloads: list[str]):
@@ -93,7 +91,7 @@ def memory():
 
 def first_run():
     """Reward and gold reward in the README's first command: sampled responses of training, greedy held-out ones."""
-    rows = read("first_run.jsonl")
+    rows = read("first_run.jsonl")[0]["metrics"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
     titles = dict(reward="reward, which is trained on", gold_reward="gold reward, the truth")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):

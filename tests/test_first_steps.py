@@ -58,7 +58,7 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
 
 
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
-    rows = [json.loads(line) for line in open(ROOT / "benchmark/results/first_run.jsonl", encoding="utf-8")]
+    rows = json.loads((ROOT / "benchmark/results/first_run.jsonl").read_text())["metrics"]
     assert list(common.troubles(rows)) == ["gold"]
     assert "eval_gold_reward fell from 0.64 to 0.42 since update 50" in common.troubles(rows)["gold"]
     assert common.troubles([*rows[:-1], rows[-1] | dict(eval_reward=0.0)]) == {}  # the reward fell, too
