@@ -140,7 +140,8 @@ def frontier(task: str, gold: str):
         axis.set_xlabel(title, fontsize=9)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{gold}, sampled responses", fontsize=9)
-    spread = "mean of five seeds, at the end with standard deviation"
+    seeds = min(map(len, runs.values()))
+    spread = f"mean of {seeds} seeds, at the end with standard deviation"
     figure.suptitle(f"Each method at its best learning rate, 6,400 generated responses; {spread}", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     return figure
@@ -222,6 +223,7 @@ def main() -> None:
     figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
     figures["frontier"] = frontier("reviews", "gold reward (−1 to 1)")
     figures["frontier_rule"] = frontier("rule", "share of right answers")
+    figures["frontier_imdb"] = frontier("imdb", "counted sentiment")
     for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)

@@ -4,7 +4,7 @@
     python benchmark/tuned.py --stage final [--tasks reviews] [--seeds 1 2 3 4 5]
     python benchmark/tuned.py --table [--tasks reviews]
 
-The rules are in benchmark/README.md, "Tuned". `tuning` runs the grid on the seeds 101 and 102, `final` the chosen
+The rules are in benchmark/README.md. `tuning` runs the grid on the seeds 101 and 102, `final` the chosen
 settings on fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two
 samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured
 on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script and flags repeat the
