@@ -107,7 +107,7 @@ def test_the_readme_s_figures_are_those_of_the_rows():
     for sentence in (
         f"**less**: {1 - ratio('memory.jsonl', 'M1', 'peak_rss_mb', 'remax', 'ppo'):.0%} (124M",
         f"**depends on PPO's epochs**: one {times[0]}, four {times[1]}",
-        f"**holds**: {ratio('memory.jsonl', 'M1', 'peak_rss_mb', 'spr', 'sft'):.3f} times",
+        f"**holds**: {ratio('memory.jsonl', 'M1', 'peak_rss_mb', 'spr', 'sft'):.2f} times",
         f"reviews {noise('reviews', 0)} of REINFORCE's at first, {noise('reviews', 3200)} at the end; "
         f"rule {noise('rule', 0)}, {noise('rule', 3200)}",
         f"reviews {gold('reinforce')}, ReMax {gold('remax')}; every reward raised by 9.3: "
