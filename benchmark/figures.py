@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import tuned
 from rows import RESULTS, read_rows
 
-PARTS = dict(rollout="#4878cf", scoring="#6acc65", reference="#b47cc7", training="#d65f5f", rest="#999999")
+PARTS = dict(rollout="#2f5fa8", scoring="#a8dba8", reference="#8e6bb0", training="#f2b179", rest="#777777")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
 NAMES |= {"reward_model": "reward model", "reinforce": "REINFORCE", "remax": "ReMax", "ppo": "PPO"}
 NAMES |= {"ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
@@ -52,14 +52,15 @@ def step_time(workloads: list[str]):
     for axis, workload in zip(axes, workloads, strict=True):
         shown = [rows[workload, name] for name in NAMES if (workload, name) in rows][::-1]
         for y, row in enumerate(shown):
-            left = 0.0
+            left = 0.0  # where the next part begins
             for part, colour in PARTS.items():
                 if part in row:
                     axis.barh(y, row[part], left=left, color=colour, label=part if y == len(shown) - 1 else None)
                     left += row[part]
             if "rollout" not in row:
                 axis.barh(y, row["cpu_s"], color="#d0d0d0")
-            axis.text(row["cpu_s"], y, f" {row['cpu_s']:.3g}", va="center", fontsize=8)
+            right = max(row["cpu_s"], left, row.get("floor_cpu_s", 0))
+            axis.text(right, y, f"  {row['cpu_s']:.3g}", va="center", fontsize=8)
             if "floor_cpu_s" in row:
                 axis.plot(
                     [row["floor_cpu_s"]] * 2, [y - 0.4, y + 0.4], "k", label="floor" if row is shown[-1] else None
@@ -77,15 +78,19 @@ def memory():
     for row in read("memory.jsonl"):
         if row["task"] == "M1":
             runs.setdefault(row["method"], []).append(row)
-    rows = [sorted(group, key=lambda row: row["peak_rss_mb"])[len(group) // 2] for group in runs.values()]
-    figure, axis = plt.subplots(figsize=(4.5, 2.4), layout="constrained")
-    for y, row in enumerate(rows[::-1]):
-        axis.barh(y, row["imports_mb"] / 1e3, color="#d0d0d0")
-        axis.barh(y, (row["peak_rss_mb"] - row["imports_mb"]) / 1e3, left=row["imports_mb"] / 1e3, color="#4878cf")
-        label = f" {row['peak_rss_mb'] / 1e3:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
-        axis.text(row["imports_mb"] / 1e3 + 0.05, y, label, va="center", fontsize=8, color="white")
-    axis.set_yticks(range(len(rows)), [NAMES[row["method"]] for row in rows[::-1]], fontsize=8)
-    axis.set_title("peak memory, GPT-2 124M, float32 (grey: imports)", fontsize=9)
+    shown = [runs[name] for name in NAMES if name in runs][::-1]
+    rows = [sorted(group, key=lambda row: row["peak_rss_mb"])[len(group) // 2] for group in shown]
+    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    for y, row in enumerate(rows):
+        imports, peak = row["imports_mb"] / 1e3, row["peak_rss_mb"] / 1e3
+        axis.barh(y, imports, color="#d0d0d0")
+        axis.barh(y, peak - imports, left=imports, color="#2f5fa8")
+        label = f" {peak:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
+        axis.text(peak, y, label, va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [NAMES[row["method"]] for row in rows], fontsize=8)
+    axis.set_xlabel("gigabytes, of which imports grey", fontsize=8)
+    axis.set_xlim(0, 11)
+    axis.set_title("peak memory of the process, GPT-2 of 124 million parameters, float32", fontsize=9)
     return figure
 
 
