@@ -8,15 +8,13 @@ of the training part (6 per parameter and token, 8 with gradient checkpointing, 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 import transformers
 import workloads
-
-HERE = Path(__file__).resolve().parent
+from rows import read_rows
 
 
 def seconds(function, device: torch.device, repeats: int = 20) -> float:
@@ -41,7 +39,7 @@ def main() -> None:
     product = 2 * args.size**3 / seconds(lambda: torch.mm(a, a, out=b), device)
     print(f"copy {bandwidth / 1e9:.0f} GB/s, product {product / 1e12:.2f} TFLOP/s\n")
     print("| | workload | samples / s | decode / copy | training / product | peak GB |\n" + "|---" * 6 + "|")
-    for row in map(json.loads, args.results.read_text().splitlines()):
+    for row in read_rows(args.results):
         kind, shape, B, P, T = workloads.WORKLOADS[row["task"]]
         cells = [f"{B / row['median_s']:.1f}", "", "", f"{row['peak_rss_mb'] * 2**20 / 1e9:.1f}"]
         if "rollout" in row:  # ours

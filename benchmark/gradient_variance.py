@@ -24,7 +24,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 import tuned  # noqa: E402
 from fitted import fitted_baselines, mean_of_others  # noqa: E402
-from rows import append_row, commit, read_rows  # noqa: E402
+from rows import RESULTS, append_row, commit, read_rows  # noqa: E402
 
 import common  # noqa: E402
 import reinforce  # noqa: E402
@@ -41,7 +41,7 @@ class Args:
     """Batches per policy."""
     batch_size: int = 64
     """Prompts per batch."""
-    results: Path = HERE / "results" / "gradient_variance.jsonl"
+    results: Path = RESULTS / "gradient_variance.jsonl"
     """File that the results are appended to."""
 
 
@@ -63,7 +63,7 @@ def trained(task, episodes) -> str:
         return str(ROOT / tuned.TASKS[task].policy)
     folder = ROOT / tuned.MADE / f"{task}_{episodes}"
     if not folder.exists():
-        results = read_rows(HERE / "results" / "tuned.jsonl")
+        results = read_rows(RESULTS / "tuned.jsonl")
         script, flags = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
         flags = flags.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
         command = [sys.executable, script, *flags, "--eval-every", "0", "--output-dir", str(folder)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rows import append_row, commit
+from rows import RESULTS, append_row, commit
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,7 +42,7 @@ class Args:
     """Rows per forward and backward."""
     flags: str = ""
     """Further flags of the scripts."""
-    results: Path = HERE / "results" / "memory.jsonl"
+    results: Path = RESULTS / "memory.jsonl"
     """File that the results are appended to."""
 
 

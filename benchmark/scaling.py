@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 import workloads
-from rows import append_row, commit
+from rows import RESULTS, append_row, commit
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("cpu_s", "rollout", "scoring", "reference", "training")
@@ -36,7 +36,7 @@ class Args:
     """Script to measure."""
     steps: int = 3
     """Updates to take the median of."""
-    results: Path = HERE / "results" / "scaling.jsonl"
+    results: Path = RESULTS / "scaling.jsonl"
     """File that the results are appended to."""
 
 

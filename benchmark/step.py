@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 import workloads
-from rows import append_row, commit, given_flags
+from rows import RESULTS, append_row, commit, given_flags
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -68,7 +68,7 @@ class Args:
     """Further flags of the script, as in --flags="--dtype bfloat16 --gradient-checkpointing"."""
     floor: bool = True
     """Whether to measure the floor, too."""
-    results: Path = HERE / "results" / "step.jsonl"
+    results: Path = RESULTS / "step.jsonl"
     """File that the result is appended to."""
 
 

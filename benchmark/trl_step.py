@@ -25,7 +25,7 @@ import transformers
 import trl
 import workloads
 from datasets import Dataset
-from rows import append_row, commit, given_flags
+from rows import RESULTS, append_row, commit, given_flags
 
 parser = argparse.ArgumentParser()
 parser.add_argument("algorithm", choices=("rloo", "ppo1", "ppo4"))
@@ -33,7 +33,7 @@ parser.add_argument("workload", choices=workloads.WORKLOADS)
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--micro-batch-size", type=int, help="rows per forward and backward of RLOO; default all")
-parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "peers.jsonl")
+parser.add_argument("--results", type=Path, default=RESULTS / "peers.jsonl")
 args = parser.parse_args()
 
 kind, shape, batch_size, prompt_length, response_length = workloads.WORKLOADS[args.workload]

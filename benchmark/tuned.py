@@ -4,11 +4,11 @@
     python benchmark/tuned.py --stage final [--tasks reviews] [--seeds 1 2 3 4 5]
     python benchmark/tuned.py --table [--tasks reviews]
 
-The rules are in benchmark/README.md. `tuning` runs the grid on the seeds 101 and 102, `final` the chosen
-settings on fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two
-samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured
-on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script and flags repeat the
-training (the folders in runs/benchmark that some flags name are made when a run needs them).
+The rules are in benchmark/README.md. `tuning` runs the grid on the seeds 101 and 102, `final` the chosen settings on
+fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two samples to each of
+the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured on these, in the
+same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script and flags repeat the training (the
+folders in runs/benchmark that some flags name are made when a run needs them).
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rows import ROOT, append_row, commit, read_rows
+from rows import RESULTS, ROOT, append_row, commit, read_rows
 
 HERE = Path(__file__).resolve().parent
 MADE = "runs/benchmark"  # reward models that the tasks below need
@@ -150,7 +150,7 @@ class Args:
     """Runs at a time, of one thread each."""
     table: bool = False
     """Run nothing, print the table of the final rows."""
-    results: Path = HERE / "results" / "tuned.jsonl"
+    results: Path = RESULTS / "tuned.jsonl"
     """File that the results are appended to."""
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -36,6 +37,10 @@ PAIRS = ("reward_model", "dpo")  # those that learn from preferences
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
+
+
+def flags_of(script: str) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(importlib.import_module(script).Args)}
 
 
 def pytest_configure(config):

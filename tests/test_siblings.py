@@ -1,22 +1,18 @@
 """What the scripts share they share word for word, what differs is the algorithm, and all of it stays light."""
 
 import ast
-import dataclasses
-import importlib
 import io
 import re
 import subprocess
 import tokenize
 
 import pytest
-from conftest import PAIRS, ROOT, SCRIPTS
+from conftest import PAIRS, ROOT, SCRIPTS, flags_of
 
 ROLLOUTS = [name for name in SCRIPTS if name not in PAIRS]
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (*SCRIPTS, "common")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FLAGS = {
-    name: {field.name: field for field in dataclasses.fields(importlib.import_module(name).Args)} for name in SCRIPTS
-}
+FLAGS = {name: flags_of(name) for name in SCRIPTS}
 
 
 def diff(a: str, b: str) -> list[str]:
