@@ -153,30 +153,30 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     return pairs
 
 
-def scores(model, pairs):
+def scores(policy, pairs):
     """Log-ratios log π − log π_ref of whole responses, EOS included -> (chosen_B, rejected_B), in one forward."""
     chosen = [pair.ids[0] for pair in pairs]
     rejected = [pair.ids[1] for pair in pairs]
-    responses = common.as_responses(model, [pair.prompt for pair in pairs + pairs], chosen + rejected)
-    logprobs_2B = (common.forward(model, responses) * responses.mask_BT).sum(1).view(2, -1)
-    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=model.device).T
+    responses = common.as_responses(policy, [pair.prompt for pair in pairs + pairs], chosen + rejected)
+    logprobs_2B = (common.logprobs(policy, responses) * responses.mask_BT).sum(1).view(2, -1)
+    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=policy.device).T
 
 
 @torch.no_grad()
-def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
+def scores_of_all(policy, pairs, pairs_at_once) -> list[tuple[float, float]]:
     """-> each pair's scores, the same on every rank."""
     share = common.deal_out(pairs)
     found = []
     for start in range(0, len(share), pairs_at_once):
-        chosen_M, rejected_M = scores(model, share[start : start + pairs_at_once])
+        chosen_M, rejected_M = scores(policy, share[start : start + pairs_at_once])
         found += zip(chosen_M.tolist(), rejected_M.tolist())
     return common.gather_rows(found)[: len(pairs)]
 
 
-def evaluate(model, pairs, pairs_at_once, beta) -> list[dict]:
+def evaluate(policy, pairs, pairs_at_once, beta) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
+    for pair, found in zip(pairs, scores_of_all(policy, pairs, pairs_at_once)):
         for i in (0, 1):
             row = dict(reward=beta * found[i], logprob=found[i] + pair.ref_logprobs[i])
             rows.append(row | dict(length=len(pair.ids[i])))
@@ -250,26 +250,24 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, pairs[0].prompt)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
 
-    def load_model(path, backend):
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    model = common.train_engine(load_model(args.model, backend), backend, args.max_grad_norm)
+    policy = common.load_policy(args.model, tokenizer, sampling, backend)
+    policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
 
     needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
-    for some in ([pairs[i] for i in needed], eval_pairs):  # the model is the initial policy: `run` resumes later
-        for pair, logprobs in zip(some, scores_of_all(model, some, pairs_at_once)):
+    for some in ([pairs[i] for i in needed], eval_pairs):  # it is the initial policy: `run` resumes later
+        for pair, logprobs in zip(some, scores_of_all(policy, some, pairs_at_once)):
             pair.ref_logprobs = logprobs
 
     def evaluated(update) -> dict[str, float]:
-        rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
-        reference = common.freeze(load_model(args.model, whole), whole)
+        rows = evaluate(policy, eval_pairs, pairs_at_once, args.beta)
+        reference = common.load_reference(policy, whole)
         prompts = [pair.prompt for pair in eval_pairs]
-        greedy = common.evaluate(model, reference, prompts, rewards, args.micro_batch_size)
+        greedy = common.evaluate(policy, reference, prompts, rewards, args.micro_batch_size)
         run.log_samples(update, greedy)
         return evaluation_metrics(rows) | common.evaluation_metrics(greedy, greedy)
 
-    run = common.Run(args, __file__, num_updates, model)
+    run = common.Run(args, __file__, num_updates, policy.engine)
     if run.last_checkpoint == 0 and args.eval_every:
         run.log(0, dict(episodes=0) | evaluated(update=0))
 
@@ -284,15 +282,15 @@ def main() -> None:
         losses, chosen, rejected = [], [], []
         lengths_B = torch.tensor([max(map(len, pair.ids)) for pair in batch])
         for numbers, is_last in common.micro_batches(lengths_B, pairs_at_once):
-            chosen_M, rejected_M = scores(model, [batch[i] for i in numbers])
+            chosen_M, rejected_M = scores(policy, [batch[i] for i in numbers])
             loss = preference_loss(chosen_M, rejected_M, args.beta)
             loss = loss * len(numbers) / B  # the engine averages over ranks
-            common.backward(model, loss, is_last)
+            common.backward(policy.engine, loss, is_last)
             losses.append(loss.detach())
             chosen.append(chosen_M.detach())
             rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm, skipped_updates = common.optimizer_step(model, learning_rate)
+        grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
@@ -312,11 +310,9 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
-    rows = evaluate(model, eval_pairs, pairs_at_once, args.beta)
-    response = common.rollout(model, [eval_pairs[0].prompt], num_samples=0, greedy=True)
-    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
-    common.save_and_check(model, tokenizer, run.folder / "policy", load_model, inputs, backend)
+    # 7. Save, and check that the saved weights are the trained ones
+    rows = evaluate(policy, eval_pairs, pairs_at_once, args.beta)
+    common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
     print("\n" + calibration_table(rows))
     run.finish("policy", common.LANGUAGE_MODEL)
 

@@ -223,18 +223,16 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
+    policy = common.load_policy(args.model, tokenizer, sampling, backend)
+    policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     value = common.load_value_model(args.reward_model, args.model, sampling, backend)
     value = common.train_engine(value, backend, args.max_grad_norm)
-    reference = common.freeze(load_policy(args.model, backend), backend)
+    reference = common.load_reference(policy, backend)
 
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy, value)
+    run = common.Run(args, __file__, num_updates, policy.engine, value)
     if eval_prompts:
         initial_rows = evaluate(reference)  # the win rate compares with these
         if run.last_checkpoint == 0:
@@ -256,9 +254,9 @@ def main() -> None:
         score_time = time.perf_counter()
 
         # 5. Update: several steps, all measured against the policy and the values at rollout time
-        ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
-        logprobs_BT = common.forward_all(policy, sampled, args.micro_batch_size)
-        values_BT = common.forward_all(value, sampled, args.micro_batch_size)
+        ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
+        logprobs_BT = common.all_logprobs(policy, sampled, args.micro_batch_size)
+        values_BT = common.all_values(value, sampled, args.micro_batch_size)
         advantages_BT, returns_BT = advantages(
             rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, args.kl_coef, args.gamma, args.gae_lambda
         )
@@ -273,17 +271,17 @@ def main() -> None:
             for positions, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
                 rows = minibatch[positions].tolist()
                 mask_MT, old_logprobs_MT, advantages_MT = mask_BT[rows], logprobs_BT[rows], advantages_BT[rows]
-                logprobs_MT = common.forward(policy, sampled[rows])
+                logprobs_MT = common.logprobs(policy, sampled[rows])
                 loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
-                common.backward(policy, loss, is_last)
+                common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
-                values_MT = common.forward(value, sampled[rows])
+                values_MT = common.values(value, sampled[rows])
                 old_values_MT, returns_MT = values_BT[rows], returns_BT[rows]
                 loss = value_loss(values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, tokens)
                 common.backward(value, loss, is_last)
                 value_losses.append(loss.detach())
                 log_ratios.append((logprobs_MT.detach() - old_logprobs_MT)[mask_MT == 1])
-            grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+            grad_norm, policy_skipped = common.optimizer_step(policy.engine, learning_rate)
             _, value_skipped = common.optimizer_step(value, value_learning_rate)
             grad_norms.append(grad_norm)
         grad_norm = sum(grad_norms) / len(grad_norms)
@@ -323,10 +321,8 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
-    response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
-    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
+    # 7. Save, and check that the saved weights are the trained ones
+    common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
     run.finish("policy", common.LANGUAGE_MODEL)
 
 

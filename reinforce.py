@@ -196,16 +196,14 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
-    reference = common.freeze(load_policy(args.model, backend), backend)
+    policy = common.load_policy(args.model, tokenizer, sampling, backend)
+    policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
+    reference = common.load_reference(policy, backend)
 
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy)
+    run = common.Run(args, __file__, num_updates, policy.engine)
     if eval_prompts:
         initial_rows = evaluate(reference)  # the win rate compares with these
         if run.last_checkpoint == 0:
@@ -230,20 +228,20 @@ def main() -> None:
         score_time = time.perf_counter()
 
         # 5. Update: one step. The policy is still the one that sampled: one forward serves the loss and the penalty.
-        ref_logprobs_BT = common.forward_all(reference, sampled, args.micro_batch_size)
+        ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []
         for rows, is_last in common.micro_batches(mask_BT.sum(1), args.micro_batch_size):
-            logprobs_MT = common.forward(policy, sampled[rows])
+            logprobs_MT = common.logprobs(policy, sampled[rows])
             logprobs_BT[rows] = logprobs_MT.detach()
             ref_logprobs_MT, mask_MT = ref_logprobs_BT[rows], mask_BT[rows]
             rewards_M = (rewards_B - baselines_B)[rows]
             advantages_MT = advantages(rewards_M, logprobs_MT, ref_logprobs_MT, mask_MT, args.kl_coef, args.gamma)
             loss = policy_loss(logprobs_MT, advantages_MT, mask_MT, denominator=B)  # the engine averages over ranks
-            common.backward(policy, loss, is_last)
+            common.backward(policy.engine, loss, is_last)
             losses.append(loss.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
-        grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
+        grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
@@ -278,10 +276,8 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
-    response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
-    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
+    # 7. Save, and check that the saved weights are the trained ones
+    common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
     run.finish("policy", common.LANGUAGE_MODEL)
 
 

@@ -163,7 +163,7 @@ def scores(model, pairs):
     """-> (chosen_B, rejected_B), in one forward."""
     chosen = [pair.ids[0] for pair in pairs]
     rejected = [pair.ids[1] for pair in pairs]
-    return model(*common.pad(chosen + rejected, "right", model.device)).chunk(2)
+    return common.scores(model, chosen + rejected, model.device).chunk(2)
 
 
 @torch.no_grad()
@@ -250,10 +250,7 @@ def main() -> None:
     classifier, _ = common.load_classifier(args.model, backend, new_head=True)
     torch.manual_seed(args.seed)
     torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
-    model = common.train_engine(common.LastTokenScore(classifier), backend, args.max_grad_norm)
-
-    def load_model(path, backend):
-        return common.LastTokenScore(common.load_classifier(path, backend)[0])
+    model = common.train_engine(common.ScalarOutputs(classifier), backend, args.max_grad_norm)
 
     def evaluated(update) -> dict[str, float]:
         rows = evaluate(model, eval_pairs, pairs_at_once)
@@ -303,11 +300,10 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
+    # 7. Save, and check that the saved weights are the trained ones
     rows = evaluate(model, eval_pairs, pairs_at_once)
     classifier.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
-    inputs = common.pad(eval_pairs[0].ids, "right", backend.device)
-    common.save_and_check(model, tokenizer, run.folder / "reward_model", load_model, inputs, backend)
+    common.save_and_check(model, tokenizer, run.folder / "reward_model", backend)
     print("\n" + calibration_table(rows))
     run.finish("reward_model", USAGE)
 

@@ -222,18 +222,16 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
+    policy = common.load_policy(args.model, tokenizer, sampling, backend)
+    policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
 
     def evaluate(policy):
-        reference = common.freeze(load_policy(args.model, whole), whole)
+        reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy)
+    run = common.Run(args, __file__, num_updates, policy.engine)
     if eval_prompts:
-        initial_rows = evaluate(common.freeze(load_policy(args.model, whole), whole))
+        initial_rows = evaluate(common.load_reference(policy, whole))
         if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
@@ -257,7 +255,7 @@ def main() -> None:
         score_time = time.perf_counter()
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule
-        common.reset_optimizer(policy)
+        common.reset_optimizer(policy.engine)
         losses = []
         grad_norms = []
         minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(X).split(minibatch_size)]
@@ -268,13 +266,13 @@ def main() -> None:
             kept = numbers[weights_B[numbers].argsort(descending=True, stable=True)[:num_kept].tolist()]
             for positions, is_last in common.micro_batches(mask_BT[kept].sum(1), args.micro_batch_size):
                 rows = kept[positions].tolist()
-                logprobs_MT = common.forward(policy, responses[rows])
+                logprobs_MT = common.logprobs(policy, responses[rows])
                 loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
-                common.backward(policy, loss, is_last)
+                common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
             schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
             learning_rate = common.scheduled(args.learning_rate, *schedule)
-            grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
+            grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
             grad_norms.append(grad_norm)
             run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
@@ -307,10 +305,8 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
-    response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
-    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
+    # 7. Save, and check that the saved weights are the trained ones
+    common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
     run.finish("policy", common.LANGUAGE_MODEL)
 
 

@@ -149,23 +149,25 @@ class Args:
 # ---------------------------------------------------------------- The algorithm
 
 
-class TokenValues(common.ModelFunction):
+class TokenValues(common.ScalarOutputs):
     """A value model with a second head: it gives Q(s_t, y_t) where token t has been read, and W(s_t) before that."""
 
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, zero):
+        super().__init__(model, zero)
         self.reference_head = copy.deepcopy(model.score)
 
-    def forward(self, prompts_BP, prompt_mask_BP, responses_BT):
-        """-> values_B2T, float32: Q and W."""
-        ids_BL = torch.cat([prompts_BP, responses_BT], 1)
-        mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(responses_BT)], 1)  # the loss masks the tokens after EOS
-        hidden_BLD = common.hidden_states(self.model, ids_BL, mask_BL)
-        hidden_BSD = hidden_BLD[:, prompts_BP.shape[1] - 1 :]  # S is T + 1: the states s_0 … s_T
-        values_BT = self.model.score(hidden_BSD[:, 1:])
-        reference_BT = self.reference_head(hidden_BSD[:, :-1])
-        values_B2T = torch.stack([values_BT, reference_BT], 1)
-        return values_B2T - getattr(self.model.config, "reward_mean", 0.0)
+    def forward(self, ids_BL, mask_BL, states_BT):
+        """-> values_B2T, float32: Q and W. states_BT: where in ids_BL the states s_t have been read."""
+        backbone = self.model.base_model(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=common.positions_of(mask_BL),
+            use_cache=False,
+        )
+        rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
+        values_BT = self.model.score(backbone.last_hidden_state[rows_B1, states_BT + 1])
+        reference_BT = self.reference_head(backbone.last_hidden_state[rows_B1, states_BT])
+        return torch.stack([values_BT, reference_BT], 1) - self.zero
 
 
 def value_targets(rewards_B, values_BT, mask_BT, gamma):
@@ -267,20 +269,18 @@ def main() -> None:
         rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
-    def load_policy(path, backend):  # section 7 reads it once more, on the CPU
-        return common.load_policy(path, tokenizer, sampling, backend)
-
-    policy = common.train_engine(load_policy(args.model, backend), backend, args.max_grad_norm)
+    policy = common.load_policy(args.model, tokenizer, sampling, backend)
+    policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     value = common.load_value_model(args.reward_model, args.model, sampling, backend)
-    value = common.train_engine(TokenValues(value.model), backend, args.max_grad_norm)
+    value = common.train_engine(TokenValues(value.model, value.zero), backend, args.max_grad_norm)
 
     def evaluate(policy):
-        reference = common.freeze(load_policy(args.model, whole), whole)
+        reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy, value)
+    run = common.Run(args, __file__, num_updates, policy.engine, value)
     if eval_prompts:
-        initial_rows = evaluate(common.freeze(load_policy(args.model, whole), whole))
+        initial_rows = evaluate(common.load_reference(policy, whole))
         if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
@@ -302,7 +302,7 @@ def main() -> None:
 
         # 5. Update: fits of their own, with new moments of Adam and their own schedules: Q and W, then the policy
         common.reset_optimizer(value)
-        values_BT = common.forward_all(value, responses, args.micro_batch_size)[:, 0]
+        values_BT = common.all_values(value, responses, args.micro_batch_size)[:, 0]
         targets_BT = lambda_returns(scores["reward"], values_BT, mask_BT, args.gamma, args.td_lambda)
         value_losses = []
         parts = [rows for _ in range(args.value_epochs) for rows in torch.randperm(B).split(minibatch_size)]
@@ -311,37 +311,37 @@ def main() -> None:
             tokens = common.global_means(tokens=mask_BT[part].sum())["tokens"]  # the engine averages over ranks
             for positions, is_last in common.micro_batches(mask_BT[part].sum(1), args.micro_batch_size):
                 rows = part[positions].tolist()
-                values_M2T = common.forward(value, responses[rows])
+                values_M2T = common.values(value, responses[rows])
                 loss = value_loss(values_M2T, targets_BT[rows], mask_BT[rows], args.beta, tokens)
                 common.backward(value, loss, is_last)
                 value_losses.append(loss.detach())
             schedule = (args.lr_schedule, args.warmup_ratio, step, len(parts))
             value_learning_rate = common.scheduled(args.value_learning_rate, *schedule)
             _, value_skipped = common.optimizer_step(value, value_learning_rate)
-        values_B2T = common.forward_all(value, responses, args.micro_batch_size)
+        values_B2T = common.all_values(value, responses, args.micro_batch_size)
         weights_BT = token_weights(values_B2T, mask_BT, args.beta)
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weights=weights_BT), N)
         held_out = {}
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
-            values_B2T = common.forward_all(value, new, args.micro_batch_size)
+            values_B2T = common.all_values(value, new, args.micro_batch_size)
             held_out = explained_shares(values_B2T[:, 0], rewards["reward"](new), new.mask_BT)
             held_out["held_out_weight"] = token_weights(values_B2T, new.mask_BT, args.beta)[new.mask_BT == 1]
 
-        common.reset_optimizer(policy)
+        common.reset_optimizer(policy.engine)
         losses = []
         grad_norms = []
         for step, minibatch in enumerate(minibatches, start=1):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
                 rows = numbers[positions].tolist()
-                logprobs_MT = common.forward(policy, responses[rows])
+                logprobs_MT = common.logprobs(policy, responses[rows])
                 loss = weighted_nll(logprobs_MT, weights_BT[rows] / N, mask_BT[rows], denominator=minibatch_size)
-                common.backward(policy, loss, is_last)
+                common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
             schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
             learning_rate = common.scheduled(args.learning_rate, *schedule)
-            grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+            grad_norm, policy_skipped = common.optimizer_step(policy.engine, learning_rate)
             grad_norms.append(grad_norm)
             run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
@@ -378,10 +378,8 @@ def main() -> None:
             run.save_checkpoint(update)
         run.stop_if_asked(update)
 
-    # 7. Save, and check that the saved model gives the same outputs
-    response = common.rollout(policy, prompts[:1], num_samples=0, greedy=True)
-    inputs = (response.prompts_BP, response.prompt_mask_BP, response.tokens_BT)
-    common.save_and_check(policy, tokenizer, run.folder / "policy", load_policy, inputs, backend)
+    # 7. Save, and check that the saved weights are the trained ones
+    common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
     run.finish("policy", common.LANGUAGE_MODEL)
 
 

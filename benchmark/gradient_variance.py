@@ -73,11 +73,11 @@ def trained(task, episodes) -> str:
 
 def gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, kl_coef) -> torch.Tensor:
     """One update's, as one vector."""
-    logprobs_BT, mask_BT = common.forward(policy, sampled), sampled.mask_BT
+    logprobs_BT, mask_BT = common.logprobs(policy, sampled), sampled.mask_BT
     rest = (logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, 1.0)
     advantages_BT = remax.advantages(rewards_B, baselines_B, *rest)
     loss = remax.policy_loss(logprobs_BT, advantages_BT, mask_BT, len(rewards_B))
-    parts = torch.autograd.grad(loss, list(policy.parameters()))
+    parts = torch.autograd.grad(loss, list(policy.engine.parameters()))
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -98,7 +98,8 @@ def main() -> None:
         sampling = common.Sampling(64, where.length, 1.0, 128)
         prompts = common.load_prompts(str(ROOT / where.dataset), (None, "train"), "prompt", tokenizer, 64)
         reward = common.Reward(*where.scoring, 0.0, backend)
-        reference = common.freeze(common.load_policy(where.policy, tokenizer, sampling, backend), backend)
+        reference = common.load_policy(where.policy, tokenizer, sampling, backend)
+        reference.engine = common.freeze(reference.engine, backend)
         for episodes in args.episodes:
             policy = common.load_policy(trained(task, episodes), tokenizer, sampling, backend)
             gradients, rewards, greedy_rewards = {}, [], []
@@ -110,13 +111,13 @@ def main() -> None:
                 responses = common.rollout(policy, some, num_samples=1, greedy=True)
                 rewards_B, greedy_B = reward(responses).chunk(2)  # the sampled rows, then the greedy rows
                 sampled = responses[: args.batch_size]
-                ref_logprobs_BT = common.forward_all(reference, sampled, args.batch_size)
+                ref_logprobs_BT = common.all_logprobs(reference, sampled, args.batch_size)
                 for name, baselines_B in baselines(rewards_B, greedy_B).items():
                     vector = gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, where.kl_coef)
                     gradients.setdefault(name, []).append(vector)
                 four = common.rollout(policy, some[::2], num_samples=4, greedy=False)
                 fours_B = reward(four)
-                ref_logprobs_BT = common.forward_all(reference, four, args.batch_size)
+                ref_logprobs_BT = common.all_logprobs(reference, four, args.batch_size)
                 baselines_B = reinforce.leave_one_out(fours_B, 4)
                 vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, where.kl_coef)
                 gradients.setdefault("RLOO, N = 4, as many responses", []).append(vector)

@@ -81,15 +81,14 @@ def measure(path: Path) -> dict:
     tokenizer = common.load_tokenizer(flags.model)
     sampling = common.Sampling(64, 60, 1.0, 900)
     policy, reference = (
-        common.freeze(common.load_policy(str(folder), tokenizer, sampling, backend), backend)
-        for folder in (path, flags.model)
+        common.load_policy(str(folder), tokenizer, sampling, backend) for folder in (path, flags.model)
     )
     prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
     reward = common.Reward(None, f"{EXAMPLE}/rule.py:reward", 0.0, backend)
     common.set_seed(0)
     responses = common.rollout(policy, prompts, num_samples=8, greedy=True)
     sampled = responses[: 8 * len(prompts)]
-    logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 100) for model in (policy, reference))
+    logprobs_BT, ref_logprobs_BT = (common.all_logprobs(model, sampled, 100) for model in (policy, reference))
     success_R = reward(responses)
     success_X8 = success_R[: len(sampled.texts)].view(-1, 8)
     claims = torch.tensor([text.endswith("!") for text in sampled.texts])

@@ -99,7 +99,8 @@ class Clock:
         def timed(*args, **kwargs):
             if self.inside or not self.seconds:
                 return function(*args, **kwargs)
-            of = part or ("training" if next(args[0].parameters()).requires_grad else "reference")
+            module = args[0].engine if isinstance(args[0], common.Policy) else args[0]
+            of = part or ("training" if next(module.parameters()).requires_grad else "reference")
             self.inside, start = True, now()
             result = function(*args, **kwargs)
             self.seconds[-1][of] += now() - start
@@ -135,7 +136,7 @@ def run_script(args: Args, folder: Path, flags: list[str]) -> list[dict[str, tor
     clock.wrap(common, "rollout", "rollout")
     for name in ("__init__", "__call__"):  # spr.py loads the reward model anew in each update
         clock.wrap(common.Reward, name, "scoring")
-    for name in ("forward", "forward_all", "backward", "optimizer_step"):
+    for name in ("logprobs", "values", "all_logprobs", "all_values", "backward", "optimizer_step"):
         clock.wrap(common, name)
     script = import_module("spr" if args.script == "sft" else args.script)
     if args.script in PAIRS:

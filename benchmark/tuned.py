@@ -197,7 +197,7 @@ def watch(task, path, numbers, script, *flags) -> None:
         responses = common.rollout(policy, kept["prompts"], num_samples=2, greedy=True)
         policy.sampling.response_length = usual
         sampled = responses[: 2 * len(kept["prompts"])]
-        logprobs_BT, ref_logprobs_BT = (common.forward_all(model, sampled, 64) for model in (policy, reference))
+        logprobs_BT, ref_logprobs_BT = (common.all_logprobs(model, sampled, 64) for model in (policy, reference))
         golds_R = kept["gold"](responses)
         golds_B = golds_R[: len(sampled.texts)]
         initial = kept.setdefault("initial", golds_B.tolist())

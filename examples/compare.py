@@ -117,7 +117,7 @@ def main() -> None:
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
     policies = {}
     for letter, path, tokenizer in zip(string.ascii_uppercase, paths, tokenizers):
-        policies[letter] = common.freeze(common.load_policy(path, tokenizer, sampling, backend), backend)
+        policies[letter] = common.load_policy(path, tokenizer, sampling, backend)
 
     if args.typed:
         print("Type a prompt a line; ctrl-D ends.", flush=True)

@@ -263,6 +263,28 @@ def start_backend(**flags):
     return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
 
 
+def policy_of(model, tokenizer, sampling):
+    """A policy around a model in memory."""
+    import common
+
+    return common.new_policy(model, tokenizer, sampling, torch.device("cpu"))
+
+
+def logprobs_of(engine, prompts_BP, prompt_mask_BP, tokens_BT):
+    """What an engine or a module around a language model gives to responses of any length."""
+    ids_BL = torch.cat([prompts_BP, tokens_BT], 1)
+    mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(tokens_BT)], 1)
+    return engine(ids_BL, mask_BL, tokens_BT.shape[1])
+
+
+def values_of(engine, prompts_BP, prompt_mask_BP, tokens_BT):
+    """What an engine or a module around a value model gives before each token."""
+    ids_BL = torch.cat([prompts_BP, tokens_BT], 1)
+    mask_BL = torch.cat([prompt_mask_BP, torch.ones_like(tokens_BT)], 1)
+    states_T = torch.arange(tokens_BT.shape[1]) + prompts_BP.shape[1] - 1
+    return engine(ids_BL, mask_BL, states_T.expand(len(ids_BL), -1))
+
+
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from conftest import (
     assert_ok,
     forked,
     launch,
+    logprobs_of,
     read_metrics,
     script_environment,
     start_backend,
     tiny_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from workers.engine_worker import (
     LEARNING_RATE,
     POISONS,
@@ -135,7 +137,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_skipped_and_counted(zero_stage
 
 def trained(model, steps, learning_rate, **flags):
     """-> the engine after steps on the fixed data."""
-    engine = common.train_engine(as_policy(model), start_backend(micro_batch_size=ROWS, **flags), 1.0)
+    engine = common.train_engine(as_policy(model).engine, start_backend(micro_batch_size=ROWS, **flags), 1.0)
     for _ in range(steps):
         common.backward(engine, loss_of(engine, slice(None), data()), True)
         common.optimizer_step(engine, learning_rate)
@@ -147,8 +149,8 @@ def test_small_steps_are_not_rounded_away_in_bfloat16(zero_stage):
     """A step of 1e-5 is below bfloat16's resolution of weights near 0.3, but a hundred of them must arrive."""
     model = tiny_model("llama")
     before = model.lm_head.weight.detach().bfloat16().clone()
-    with common.whole_model(trained(model, 100, 1e-5, zero_stage=zero_stage, dtype="bfloat16")) as whole:
-        moved = (whole.lm_head.weight != before).float().mean().item()
+    with common.gathered(trained(model, 100, 1e-5, zero_stage=zero_stage, dtype="bfloat16")):
+        moved = (model.lm_head.weight != before).float().mean().item()
     assert moved > 0.3
 
 
@@ -156,9 +158,10 @@ def test_small_steps_are_not_rounded_away_in_bfloat16(zero_stage):
 def test_rotary_frequencies_stay_float32(zero_stage):
     model = tiny_model("llama")
     expected = model.model.rotary_emb.inv_freq.clone()
-    engine = trained(model, 0, 0.0, zero_stage=zero_stage, dtype="bfloat16")
-    assert torch.equal(engine.module.model.model.rotary_emb.inv_freq, expected)
-    assert torch.equal(engine.module.whole.model.rotary_emb.inv_freq, expected)
+    policy = as_policy(model)
+    common.train_engine(policy.engine, start_backend(zero_stage=zero_stage, dtype="bfloat16"), 1.0)
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    assert torch.equal(policy.decoder.model.rotary_emb.inv_freq, expected)
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -166,12 +169,13 @@ def test_rotary_frequencies_stay_float32(zero_stage):
 def test_a_frozen_model_computes_the_same_wherever_it_lies(zero_stage, offload):
     prompts, prompt_mask, tokens, *_ = data()
     with torch.no_grad():
-        expected = as_policy(tiny_model("llama"))(prompts, prompt_mask, tokens)
-        frozen = common.freeze(as_policy(tiny_model("llama")), start_backend(zero_stage=zero_stage, offload=offload))
+        expected = logprobs_of(as_policy(tiny_model("llama")).engine, prompts, prompt_mask, tokens)
+        policy = as_policy(tiny_model("llama"))
+        frozen = common.freeze(policy.engine, start_backend(zero_stage=zero_stage, offload=offload))
         for _ in range(2):  # once before and once after its weights were gathered for a rollout
-            torch.testing.assert_close(frozen(prompts, prompt_mask, tokens), expected)
-            with common.whole_model(frozen) as whole:
-                whole(torch.arange(4)[None])
+            torch.testing.assert_close(logprobs_of(frozen, prompts, prompt_mask, tokens), expected)
+            with common.gathered(frozen):
+                policy.decoder(torch.arange(4)[None])
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
@@ -183,22 +187,32 @@ def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage
     engine = trained(tiny_model(kind, **ids), 3, 1e-2, zero_stage=zero_stage, dtype=dtype)
     inputs = data()[:3]
     backend = start_backend(zero_stage=zero_stage, dtype=dtype)
-
-    def load(path, backend):
-        return as_policy(transformers.AutoModelForCausalLM.from_pretrained(path)).eval()
-
-    common.save_and_check(engine, tokenizer, tmp_path / "policy", load, inputs, backend)
-    saved = load(tmp_path / "policy", backend)
+    common.save_and_check(engine, tokenizer, tmp_path / "policy", backend)
+    saved = as_policy(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")).engine.eval()
     assert saved.model.dtype == getattr(torch, dtype)
     with torch.no_grad():
-        torch.testing.assert_close(saved(*inputs), engine(*inputs))
+        torch.testing.assert_close(logprobs_of(saved, *inputs), logprobs_of(engine, *inputs))
 
-    def load_other_weights(path, backend):
-        return as_policy(tiny_model(kind, **ids).to(getattr(torch, dtype)))
 
-    with pytest.raises(SystemExit) as error:
-        common.save_and_check(engine, tokenizer, tmp_path / "policy", load_other_weights, inputs, backend)
-    assert error.value.code == 1
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_saved_weight_that_is_off_by_a_step_is_found(tmp_path, tokenizer, zero_stage, dtype):
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
+    engine = trained(tiny_model("llama", **ids), 1, 1e-2, zero_stage=zero_stage, dtype=dtype)
+    backend = start_backend(zero_stage=zero_stage, dtype=dtype)
+    save_pretrained = transformers.LlamaForCausalLM.save_pretrained
+
+    def save_almost(model, folder):
+        save_pretrained(model, folder)
+        weights = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.down_proj.weight"
+        weights[name][0, 0] *= 1 + torch.finfo(weights[name].dtype).eps
+        save_file(weights, folder / "model.safetensors", dict(format="pt"))
+
+    with patch.object(transformers.LlamaForCausalLM, "save_pretrained", save_almost), pytest.raises(SystemExit) as end:
+        common.save_and_check(engine, tokenizer, tmp_path / "policy", backend)
+    assert end.value.code == 1
+    assert not (tmp_path / "policy").exists()
 
 
 def test_learning_rate_schedules():

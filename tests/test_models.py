@@ -25,6 +25,7 @@ from conftest import (
     PAIRS,
     ROOT,
     SCRIPTS,
+    logprobs_of,
     read_metrics,
     run_here,
     script_environment,
@@ -112,12 +113,12 @@ def check(folder, attention="sdpa"):
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
-        logprobs_BT = policy(prompts_BP, mask_BP, responses_BT)
+        logprobs_BT = logprobs_of(policy.engine, prompts_BP, mask_BP, responses_BT)
         for prompt, response_T, logprobs_T in zip(prompts, responses_BT, logprobs_BT):
             logits_TV = plain(torch.tensor([prompt + response_T.tolist()])).logits[0, len(prompt) - 1 : -1]
             expected_T = logits_TV.log_softmax(-1)[range(12), response_T]
             torch.testing.assert_close(logprobs_T, expected_T, atol=1e-4, rtol=0)
-    tokens_BT = common.generate(policy.whole, prompts_BP, mask_BP, [0], sampling, num_samples=0, greedy=True)
+    tokens_BT = common.generate(policy.decoder, prompts_BP, mask_BP, [0], sampling, num_samples=0, greedy=True)
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=0, pad_token_id=0)
     expected_BT = plain.generate(prompts_BP, attention_mask=mask_BP, **settings)[:, prompts_BP.shape[1] :]
     assert tokens_BT[:, : expected_BT.shape[1]].tolist() == expected_BT.tolist()
@@ -393,7 +394,7 @@ def test_logits_that_stop_being_finite_while_decoding(bad, tmp_path, capsys):
     backend = start_backend()
     sampling = common.Sampling(max_prompt_length=8, response_length=8, temperature=1.0, batch_size=8)
     policy = common.load_policy(str(folder), common.load_tokenizer(str(folder)), sampling, backend)
-    calls, head = [], policy.whole.lm_head.forward
+    calls, head = [], policy.decoder.lm_head.forward
 
     def head_that_breaks(hidden_BTD):
         calls.append(0)
@@ -402,8 +403,8 @@ def test_logits_that_stop_being_finite_while_decoding(bad, tmp_path, capsys):
     prompts_BP, mask_BP = common.pad([[5, 6, 7], [8]], "left", backend.device)
     for num_samples, greedy in ((1, False), (0, True), (2, True)):
         calls.clear()
-        with patch.object(policy.whole.lm_head, "forward", head_that_breaks), pytest.raises(SystemExit) as end:
-            common.generate(policy.whole, prompts_BP, mask_BP, [], sampling, num_samples, greedy)
+        with patch.object(policy.decoder.lm_head, "forward", head_that_breaks), pytest.raises(SystemExit) as end:
+            common.generate(policy.decoder, prompts_BP, mask_BP, [], sampling, num_samples, greedy)
         assert end.value.code == 1 and "not finite" in error_line(capsys)
         assert len(calls) == 4
 
@@ -415,7 +416,7 @@ def test_scores_in_bfloat16_are_finer_than_the_type():
     texts = ["The acting", "The plot", "I saw this film and it", "The music of the film", "My friends said it"] * 2
     prompts = [common.Prompt(text, [], {}) for text in texts]
     responses = [" was a disaster."] * 5 + [" was a joy, and I loved it."] * 5
-    with patch.object(reward, "mean", 0.0):
+    with patch.object(reward.scorer, "zero", 0.0):
         scores = torch.tensor(reward.scores(prompts, responses))
     exact = torch.tensor(
         common.Reward(str(EXAMPLE / "reward_model"), None, 0.0, start_backend()).scores(prompts, responses)

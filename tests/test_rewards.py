@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import number_tokenizer, start_backend, tiny_model
+from conftest import number_tokenizer, policy_of, start_backend, tiny_model
 
 import common
 
@@ -77,7 +77,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     model = transformers.GPT2ForSequenceClassification(config).eval()
     model.score.__class__ = common.ScalarHead
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
-    found = common.LastTokenScore(model).eval()(*common.pad(rows, "right", torch.device("cpu")))
+    found = common.scores(common.ScalarOutputs(model).eval(), rows, torch.device("cpu"))
     for score, row in zip(found, rows, strict=True):
         hidden = model.transformer(torch.tensor([row])).last_hidden_state
         torch.testing.assert_close(score, (model.score.weight @ hidden[0, -1])[0])
@@ -136,9 +136,7 @@ def test_an_evaluation_compares_the_policy_s_greedy_responses_with_the_reference
     models = tiny_model("gpt2"), tiny_model("gpt2")
     for parameter in models[1].parameters():
         parameter.data *= 0.7  # another model
-    policy, reference = (
-        common.ResponseLogprobs(model, number_tokenizer(), sampling, torch.device("cpu")) for model in models
-    )
+    policy, reference = (policy_of(model, number_tokenizer(), sampling) for model in models)
     policy.eos_ids = [1, *range(20, 32)]
     prompts = [common.Prompt(str(i), row, {}) for i, row in enumerate(([5, 6, 7], [8, 9], [12, 1, 13], [14]))]
     rewards = dict(reward=lambda batch: torch.tensor([float(len(text)) for text in batch.texts]))

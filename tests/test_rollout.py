@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import left_padded, number_tokenizer, start_backend, tiny_model
+from conftest import left_padded, logprobs_of, number_tokenizer, start_backend, tiny_model, values_of
+from conftest import policy_of as policy_around
 
 import common
 import dpo
@@ -22,9 +23,9 @@ def decode(model, rows=PROMPTS, num_samples=1, greedy=True, length=12, temperatu
     return common.generate(model.eval(), prompts_BP, mask_BP, list(eos_ids), sampling, num_samples, greedy)
 
 
-def policy_of(model, temperature=1.0, response_length=12, rollout_batch_size=100) -> common.ResponseLogprobs:
+def policy_of(model, temperature=1.0, response_length=12, rollout_batch_size=100) -> common.Policy:
     sampling = common.Sampling(64, response_length, temperature, rollout_batch_size)
-    return common.ResponseLogprobs(model, NUMBERS, sampling, CPU)
+    return policy_around(model, NUMBERS, sampling)
 
 
 def prompts_of(rows) -> list[common.Prompt]:
@@ -284,7 +285,7 @@ def test_logprobs_match_a_slow_reference_whatever_the_padding(model, temperature
     prompts, mask = left_padded(PROMPTS, pad)
     prompts = torch.cat([torch.full((3, extra), pad), prompts], 1)
     mask = torch.cat([torch.zeros(3, extra, dtype=torch.long), mask], 1)
-    found = policy_of(model, temperature)(prompts, mask, RESPONSES)
+    found = logprobs_of(policy_of(model, temperature).engine, prompts, mask, RESPONSES)
     torch.testing.assert_close(found.double(), slow_logprobs(model, temperature), atol=1e-4, rtol=1e-4)
 
 
@@ -314,7 +315,7 @@ def test_what_follows_the_eos_changes_nothing_before_it(model):
     prompts, mask = left_padded(PROMPTS)
     policy, real = policy_of(model), common.response_mask(RESPONSES, [1])
     other = torch.where(real == 1, RESPONSES, 33)
-    found, again = policy(prompts, mask, RESPONSES), policy(prompts, mask, other)
+    found, again = (logprobs_of(policy.engine, prompts, mask, tokens) for tokens in (RESPONSES, other))
     assert torch.equal(found * real, again * real)
 
 
@@ -324,7 +325,7 @@ def test_chunks_of_the_vocabulary_projection_change_neither_values_nor_gradients
     for claimed in (50, 2**25 // 5):  # the size decides how many positions share a chunk: all of them, then five
         model.config.vocab_size = claimed
         model.zero_grad()
-        logprobs = policy(prompts, mask, RESPONSES)
+        logprobs = logprobs_of(policy.engine, prompts, mask, RESPONSES)
         logprobs.pow(2).sum().backward()
         results.append((logprobs.detach(), [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
@@ -335,17 +336,17 @@ def test_only_response_positions_reach_the_vocabulary_projection(model):
     prompts, mask = left_padded(PROMPTS)
     rows = []
     model.get_output_embeddings().register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
-    policy_of(model)(prompts, mask, RESPONSES)
+    logprobs_of(policy_of(model).engine, prompts, mask, RESPONSES)
     assert sum(rows) == RESPONSES.numel()
 
 
 def test_the_decoding_view_shares_weights_but_not_checkpointing(model):
     policy = policy_of(model)
     model.activation_checkpointing_enable()
-    assert all(a is b for a, b in zip(model.parameters(), policy.whole.parameters(), strict=True))
-    assert len(list(policy.named_parameters())) == len(list(model.named_parameters()))
-    assert not policy.whole.training
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in policy.whole.modules())
+    assert all(a is b for a, b in zip(model.parameters(), policy.decoder.parameters(), strict=True))
+    assert len(list(policy.engine.named_parameters())) == len(list(model.named_parameters()))
+    assert not policy.decoder.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in policy.decoder.modules())
 
 
 def with_dropout(kind):
@@ -365,8 +366,8 @@ def test_dropout_is_off_in_training(tmp_path, kind):
     with_dropout(kind).save_pretrained(tmp_path)
     policy = common.load_policy(str(tmp_path), number_tokenizer(20), common.Sampling(16, 16, 1.0, 8), start_backend())
     ids, ones = torch.arange(6)[None], torch.ones(1, 3, dtype=torch.long)
-    once, again = (policy(ids[:, :3], ones, ids[:, 3:]) for _ in range(2))
-    assert policy.training and torch.equal(once, again)
+    once, again = (logprobs_of(policy.engine, ids[:, :3], ones, ids[:, 3:]) for _ in range(2))
+    assert policy.engine.training and torch.equal(once, again)
 
 
 def responses_to_prompts(policy) -> common.Responses:
@@ -384,7 +385,7 @@ def test_micro_batches_change_neither_values_nor_the_order_of_rows(model, micro_
     responses = responses_to_prompts(policy)[[2, 0, 1]]  # lengths 2, 4, 4
     with torch.no_grad():
         expected = (slow_logprobs(model, 0.7)[[2, 0, 1]] * responses.mask_BT).float()
-    found = common.forward_all(policy, responses, micro_batch_size)
+    found = common.all_logprobs(policy, responses, micro_batch_size)
     torch.testing.assert_close(found * responses.mask_BT, expected, atol=1e-4, rtol=1e-4)
     assert not found.requires_grad
 
@@ -393,12 +394,12 @@ def test_padding_is_not_computed(model):
     start_backend()
     policy, widths = policy_of(model), []
     responses = responses_to_prompts(policy)
-    policy.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[2].shape[1]))
-    short = common.forward(policy, responses[[2]])
+    policy.engine.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[2]))
+    short = common.logprobs(policy, responses[[2]])
     assert widths == [2] and short.shape == (1, 4) and (short[0, 2:] == 0).all()
     assert short.requires_grad
     with torch.no_grad():
-        whole = policy(responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT)
+        whole = logprobs_of(policy.engine, responses.prompts_BP, responses.prompt_mask_BP, responses.tokens_BT)
     torch.testing.assert_close(short[0, :2], whole[2, :2])
 
 
@@ -418,13 +419,12 @@ def test_values_are_read_where_a_token_is_predicted(extra):
     torch.manual_seed(0)
     shape = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape)).eval()
-    model.config.reward_mean = 0.75
     model.score.__class__ = common.ScalarHead
     prompts, mask = left_padded(PROMPTS)
     prompts = torch.cat([torch.full((3, extra), 4), prompts], 1)
     mask = torch.cat([torch.zeros(3, extra, dtype=torch.long), mask], 1)
     with torch.no_grad():
-        found = common.ResponseValues(model).eval()(prompts, mask, RESPONSES)
+        found = values_of(common.ScalarOutputs(model, zero=0.75).eval(), prompts, mask, RESPONSES)
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES.tolist(), strict=True)):
             for t in range(len(response)):  # the value of token t has seen what comes before it
                 hidden = model.transformer(torch.tensor([prompt + response[:t]])).last_hidden_state

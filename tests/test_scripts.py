@@ -20,6 +20,7 @@ from conftest import (
     start_backend,
     tiny_model,
     together,
+    values_of,
 )
 from safetensors.torch import load_file
 from workers.script_worker import run
@@ -206,17 +207,17 @@ def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():
     ids, ones = torch.arange(5, 11)[None], torch.ones(1, 3, dtype=torch.long)
     value = common.load_value_model(*paths, sampling, backend)
     with torch.no_grad():
-        values = value(ids[:, :3], ones, ids[:, 3:])
-        scorer = common.LastTokenScore(value.model)
+        values = values_of(value, ids[:, :3], ones, ids[:, 3:])
         for t in range(3):  # the value of token t has seen what comes before it
-            score = scorer(ids[:, : 3 + t], torch.ones(1, 3 + t, dtype=torch.long)) - value.model.config.reward_mean
+            score = common.scores(value, ids[:, : 3 + t].tolist(), backend.device)
             torch.testing.assert_close(values[:, t], score)
-        two = spr_token.TokenValues(value.model)(ids[:, :3], ones, ids[:, 3:])  # Q has seen token t, too
+        with_two_heads = spr_token.TokenValues(value.model, value.zero)
+        two = values_of(with_two_heads, ids[:, :3], ones, ids[:, 3:])  # Q has seen token t, too
         torch.testing.assert_close(two[:, 1], values)
         torch.testing.assert_close(two[:, 0, :2], values[:, 1:])
-        torch.testing.assert_close(two[:, 0, 2], scorer(ids, torch.ones_like(ids)) - value.model.config.reward_mean)
+        torch.testing.assert_close(two[:, 0, 2], common.scores(value, ids.tolist(), backend.device))
         value = common.load_value_model(None, paths[1], sampling, backend)
-        assert (value(ids[:, :3], ones, ids[:, 3:]) == 0).all()
+        assert (values_of(value, ids[:, :3], ones, ids[:, 3:]) == 0).all()
 
 
 # ---------------------------------------------------------------- spr.py
@@ -271,14 +272,14 @@ def test_rows_of_weight_0_are_not_computed_and_would_change_nothing(tmp_path, mo
     assert source.count(line) == 1
     (tmp_path / "all_rows.py").write_text(source.replace(line, ""))
     monkeypatch.syspath_prepend(tmp_path)
-    forward, counts, found = common.forward, dict(spr=0, all_rows=0), {}
+    logprobs, counts, found = common.logprobs, dict(spr=0, all_rows=0), {}
     for script in counts:
 
-        def counted(module, responses, script=script):
+        def counted(policy, responses, script=script):
             counts[script] += len(responses.texts) * torch.is_grad_enabled()
-            return forward(module, responses)
+            return logprobs(policy, responses)
 
-        monkeypatch.setattr(common, "forward", counted)
+        monkeypatch.setattr(common, "logprobs", counted)
         found[script] = run(script, [*SPR, "--weighting", "best-of-n", "--output-dir", tmp_path / script])
     assert counts == dict(spr=16, all_rows=16 * 4)
     for new, old in zip(found["spr"]["gradients"], found["all_rows"]["gradients"], strict=True):

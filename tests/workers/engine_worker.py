@@ -1,7 +1,7 @@
 """Five updates on fixed data: by plain torch, and through the engine on one rank or on several."""
 
 import torch
-from conftest import start_backend, tiny_model
+from conftest import logprobs_of, policy_of, start_backend, tiny_model
 
 import common
 import remax
@@ -27,8 +27,8 @@ class NoText:
         return [""] * len(rows)
 
 
-def as_policy(model, sampling=SAMPLING) -> common.ResponseLogprobs:
-    return common.ResponseLogprobs(model, NoText(), sampling, torch.device("cpu"))
+def as_policy(model, sampling=SAMPLING) -> common.Policy:
+    return policy_of(model, NoText(), sampling)
 
 
 def data():
@@ -44,7 +44,7 @@ def data():
 
 def loss_of(module, rows, batch, denominator=ROWS):
     prompts, prompt_mask, responses, mask, rewards, baselines, ref_logprobs = (x[rows] for x in batch)
-    logprobs = module(prompts, prompt_mask, responses)
+    logprobs = logprobs_of(module, prompts, prompt_mask, responses)
     advantages = remax.advantages(rewards, baselines, logprobs, ref_logprobs, mask, 0.05, 1.0)
     return remax.policy_loss(logprobs, advantages, mask, denominator)
 
@@ -53,7 +53,7 @@ def with_plain_torch(model, updates=5, restart=None, dtype="float32"):
     """-> (gradient norms, weights): the reference; `restart`: after that many updates the optimizer is a new one."""
     for p in model.parameters():  # not buffers, such as rotary frequencies
         p.data = p.data.to(getattr(torch, dtype))
-    module, norms = as_policy(model), []
+    module, norms = as_policy(model).engine, []
     rows = data()[3].sum(1).argsort(descending=True, stable=True)  # in bfloat16 the order of a sum matters
     masters = [p.detach().float().clone() for p in model.parameters()]
     for update in range(updates):
@@ -75,15 +75,16 @@ def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poiso
     backend = start_backend(zero_stage=zero_stage, micro_batch_size=micro_batch_size, **flags)
     rank, world_size = backend.rank, backend.world_size
     rows = ROWS // world_size
-    engine = common.train_engine(as_policy(model), backend, MAX_GRAD_NORM)
+    policy = as_policy(model)
+    engine = common.train_engine(policy.engine, backend, MAX_GRAD_NORM)
     batch = [x[rank::world_size] for x in data()]
     norms, skips = [], []
     for update in range(updates):
         if update == restart:
             common.reset_optimizer(engine)
-        with common.whole_model(engine) as whole:  # as a rollout does, a different number of times on each rank
+        with common.gathered(engine):  # as a rollout does, a different number of times on each rank
             for _ in range(1 + rank):
-                whole(torch.arange(4)[None])
+                policy.decoder(torch.arange(4)[None])
         for chunk, is_last in common.micro_batches(batch[3].sum(1), micro_batch_size):
             loss = loss_of(engine, chunk, batch, rows)
             if poison and update == 1 and rank == world_size - 1:
@@ -92,8 +93,8 @@ def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poiso
         norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
         norms.append(norm)
         skips.append(skipped)
-    with common.whole_model(engine) as whole:
-        return norms, {name: p.detach().clone() for name, p in whole.named_parameters()}, skips
+    with common.gathered(engine):
+        return norms, {name: p.detach().clone() for name, p in model.named_parameters()}, skips
 
 
 def rollout_and_train(model) -> list:
@@ -101,14 +102,14 @@ def rollout_and_train(model) -> list:
     backend = start_backend(zero_stage=3, micro_batch_size=4)
     policy = as_policy(model, common.Sampling(max_prompt_length=3, response_length=12, temperature=1.0, batch_size=4))
     policy.eos_ids = list(range(2, 4000)) if backend.rank else [1]  # rank 1 ends at once, rank 0 goes on
-    engine = common.train_engine(policy, backend, 1.0)
+    engine = policy.engine = common.train_engine(policy.engine, backend, 1.0)
     model.config.vocab_size = 2**25 // 4  # claimed, so that a chunk is four positions
     prompts = [common.Prompt("", [5, 6, 7], {}) for _ in range(4)]
     widths = []
     for _ in range(2):
         common.set_seed(0, backend.rank)
-        responses = common.rollout(engine, prompts, num_samples=1, greedy=False)
-        logprobs = common.forward(engine, responses)
+        responses = common.rollout(policy, prompts, num_samples=1, greedy=False)
+        logprobs = common.logprobs(policy, responses)
         widths.append((logprobs.shape[1], int(responses.mask_BT.sum(1).max())))
         common.backward(engine, (logprobs * responses.mask_BT).sum(), True)
         common.optimizer_step(engine, 1e-3)

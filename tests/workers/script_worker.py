@@ -41,12 +41,13 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
 
     `gradients`: one flat tensor per step; `moments`: the sum of the sizes of Adam's moments before the step.
     `fixed`: the responses do not depend on the policy. `poisoned`: (updates, how): in these the last rank's losses or
-    gradients are not finite. `spoiled`: the files of the saved model are not quite what was trained.
+    gradients are not finite. `spoiled`: one of the saved weights is not quite the trained one.
     """
     module, update = importlib.import_module(script), 0
     seen = dict(gradients=[], moments=[], weights={})
     updates, how = poisoned
-    step, set_seed, save_and_check = common.optimizer_step, common.set_seed, common.save_and_check
+    step, set_seed = common.optimizer_step, common.set_seed
+    save_and_check, check_saved = common.save_and_check, common.check_saved
 
     def watched_step(engine, *args):
         parameters = dict(engine.module.named_parameters())
@@ -65,22 +66,24 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
         update = numbers[1]
         set_seed(*numbers)
 
-    def watched_save(engine, tokenizer, folder, load, *args):
-        with common.whole_model(engine) as model:
-            seen["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    def watched_save(engine, *args):
+        with common.gathered(engine):
+            seen["weights"] = {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
+        save_and_check(engine, *args)
 
-        def load_spoiled(path, backend):
-            saved = load_file(folder / "model.safetensors")
-            save_file({name: p * 1.5 for name, p in saved.items()}, folder / "model.safetensors", dict(format="pt"))
-            return load(path, backend)
-
-        save_and_check(engine, tokenizer, folder, load_spoiled if spoiled else load, *args)
+    def check_spoiled(model, folder):
+        saved = load_file(folder / "model.safetensors")
+        name = list(saved)[-1]
+        saved[name].flatten()[-1] += 1e-3
+        save_file(saved, folder / "model.safetensors", dict(format="pt"))
+        check_saved(model, folder)
 
     with contextlib.ExitStack() as stack:
         for name, new in (
             ("optimizer_step", watched_step),
             ("set_seed", counted_seed),
             ("save_and_check", watched_save),
+            *([("check_saved", check_spoiled)] if spoiled else []),
             *([("generate", fixed_responses(lambda: update))] if fixed else []),
         ):
             stack.enter_context(patch.object(common, name, new))
