@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -77,7 +78,7 @@ class Sampling:
     max_prompt_length: int
     response_length: int
     temperature: float
-    batch_size: int  # rows that are decoded at once
+    batch_size: int | None  # rows that are decoded at once; None for what `load_policy` chooses
 
 
 @dataclasses.dataclass
@@ -255,22 +256,26 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
     eos_E = torch.tensor(eos_ids, device=device)
     tokens_RT = torch.empty(R, T, dtype=torch.long, device=device)
-    rows_N = torch.arange(R, device=device)  # the N rows that have not ended; only they go through the model
+    rows_N = torch.arange(R, device=device)  # the N rows that go through the model
+    going_N = torch.ones(R, dtype=torch.bool, device=device)
     for t in range(T):
         if not logits_NV.amax(-1).isfinite().all():
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:num_sampled] = sample(logits_NV[:num_sampled].float() / sampling.temperature)
+        token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])
         tokens_RT[rows_N, t:] = token_N[:, None]  # a row that ends here keeps its EOS to the end
 
         going_N = ~torch.isin(token_N, eos_E)
         num_going = int(going_N.sum())
         if num_going == 0 or t + 1 == T:
             break
-        if num_going < len(rows_N):
+        # Dropping rows copies the cache of the others, so it waits until a tenth has ended.
+        if num_going <= 0.9 * len(rows_N):
             kept_N = going_N.nonzero().squeeze(1)
             num_sampled = int((kept_N < num_sampled).sum())
             rows_N = rows_N[kept_N]
+            going_N = going_N[kept_N]
             token_N = token_N[kept_N]
             mask_NL = mask_NL[kept_N]
             next_position_N1 = next_position_N1[kept_N]
@@ -620,6 +625,7 @@ class Backend:
     offload: bool
     gradient_checkpointing: bool
     micro_batch_size: int
+    lora_rank: int
 
 
 def load_tokenizer(path):
@@ -668,6 +674,89 @@ def same_weights(model):
     return copy.deepcopy(model, shared).eval()
 
 
+def with_adapters(model, rank):
+    """A second module around the same weights, all frozen; each linear layer adds a trained B·A of this rank.
+
+    (LoRA, arXiv 2106.09685, eq. 3.) B begins at 0, so the model begins unchanged. A scalar head is trained whole.
+    """
+    if rank == 0:
+        return model
+    import peft  # only needed here
+
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=32,  # the scale is 32 / rank: one learning rate suits all ranks
+        lora_dropout=0.0,
+        target_modules="all-linear",  # but no output embedding and no head
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
+    )
+    adapted = same_weights(model).train()
+    adapted.requires_grad_(False)
+    torch.manual_seed(0)  # every rank of the run begins with the same adapters
+    peft.inject_adapter_in_model(config, adapted)  # not PeftModel, which would hide base_model
+    if hasattr(adapted, "score"):
+        adapted.score.requires_grad_(True)
+
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    print(f"Adapters of rank {rank}: {trained:,} weights are trained, {trained / total:.2%} of the model's")
+    without = set()
+    for layer in adapted.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):  # a base layer, a part of an adapter, a head or a table
+            continue
+        if any(weight.dim() > 1 for weight in layer.parameters(recurse=False)):
+            without.add(type(layer).__name__)
+    without -= {"Conv1D"}  # GPT-2's linear layer
+    if without:
+        print(f"warning: these layers get no adapter and are not trained: {', '.join(sorted(without))}")
+    return adapted
+
+
+def without_adapters(model):
+    """A second module around the frozen weights alone: the model as it was before training."""
+    plain = same_weights(model)
+    for name, layer in list(plain.named_modules()):
+        if hasattr(layer, "base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, layer.base_layer)
+    return plain
+
+
+def merged_weights(model) -> dict[str, torch.Tensor]:
+    """A model's weights by the names that they have without adapters, which are added to them matrix by matrix."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = weight
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            base = layer.base_layer.weight
+            a = layer.lora_A["default"].weight.cpu().float()  # on the device there may be no room
+            b = layer.lora_B["default"].weight.cpu().float()
+            change = layer.scaling["default"] * b @ a
+            if layer.fan_in_fan_out:  # GPT-2's layers hold their matrix transposed
+                change = change.T
+            weights[f"{name}.weight"] = (base.cpu().float() + change).to(base.dtype)
+    return weights
+
+
+def save_adapter(model, folder):
+    """The adapters alone, in peft's format: peft.PeftModel.from_pretrained(base_model, folder) reads them."""
+    import peft
+
+    config = copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path = model.name_or_path
+    config.inference_mode = True
+    weights = {}
+    for name, weight in peft.get_peft_model_state_dict(model).items():
+        weights[f"base_model.model.{name}"] = weight.cpu().contiguous()
+    if hasattr(model, "score"):
+        config.modules_to_save = ["score"]
+        weights["base_model.model.score.weight"] = model.score.weight.detach().cpu()
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+
+
 def load_language_model(path, sampling: Sampling, backend):
     max_length = sampling.max_prompt_length + sampling.response_length
     return load_model(path, transformers.AutoModelForCausalLM, max_length, backend)
@@ -693,16 +782,53 @@ def new_policy(model, tokenizer, sampling: Sampling, device) -> Policy:
 
 def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
     """A causal language model, checked to be one that we can train."""
-    model = load_language_model(path, sampling, backend)
+    model = with_adapters(load_language_model(path, sampling, backend), backend.lora_rank)
     policy = new_policy(model, tokenizer, sampling, backend.device)
     with fails_with(f"{path}: a {type(model).__name__} is not supported"):
         check_policy(policy)
+        row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
+    if sampling.batch_size is None:
+        sampling.batch_size = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
+    cache_bytes = sampling.batch_size * row_bytes
+    print(f"Rollout: {sampling.batch_size} rows at once, whose cache takes up to {gib(cache_bytes)}")
+    if backend.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        if cache_bytes > free_bytes:
+            fail(
+                f"--rollout-batch-size {sampling.batch_size}: a cache of {gib(cache_bytes)} does not fit "
+                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
+            )
     return policy
+
+
+DEFAULT_CACHE_BYTES = 16 * 2**30
+
+
+def gib(num_bytes) -> str:
+    return f"{num_bytes / 2**30:.2g} GiB"
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model) -> int:
+    """What a row's cache grows by with each token, measured; layers with a window are counted as if they had none."""
+    cache = transformers.DynamicCache(config=model.config)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    model(torch.tensor([[0, 1]]), past_key_values=cache, use_cache=True)
+    model.set_attn_implementation(attention)
+    tensors = []
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:  # a layer with a state has none
+            tensors += [layer.keys, layer.values]
+    return sum(tensor.nbytes for tensor in tensors) // 2
 
 
 def load_reference(policy: Policy, backend) -> Policy:
     """The policy as it was before training, frozen. `load_policy` has checked its model."""
-    model = load_language_model(policy.decoder.name_or_path, policy.sampling, backend)
+    if backend.lora_rank:
+        model = without_adapters(policy.decoder)  # no second copy: its weights are the policy's own
+    else:
+        model = load_language_model(policy.decoder.name_or_path, policy.sampling, backend)
     reference = new_policy(model, policy.tokenizer, policy.sampling, policy.device)
     reference.engine = freeze(reference.engine, backend)
     return reference
@@ -769,10 +895,11 @@ def load_value_model(reward_model, policy, sampling: Sampling, backend) -> Scala
         its = load_tokenizer(reward_model)
         if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
             model, _ = load_classifier(reward_model, backend, max_length)
-            return ScalarOutputs(model, zero=getattr(model.config, "reward_mean", 0.0))
+            zero = getattr(model.config, "reward_mean", 0.0)
+            return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
     model, _ = load_classifier(policy, backend, max_length, new_head=True)
     nn.init.zeros_(model.score.weight)
-    return ScalarOutputs(model)
+    return ScalarOutputs(with_adapters(model, backend.lora_rank))
 
 
 def train_engine(module, backend, max_grad_norm):
@@ -781,6 +908,9 @@ def train_engine(module, backend, max_grad_norm):
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
+    gradient_type = None  # of the model
+    if backend.dtype == "bfloat16" and backend.zero_stage > 0:  # ZeRO-0 cannot
+        gradient_type = "fp32"  # a sum of many micro-batches would be rounded in each of them
     if backend.gradient_checkpointing:
         module.model.activation_checkpointing_enable()
     config = dict(
@@ -788,14 +918,17 @@ def train_engine(module, backend, max_grad_norm):
         gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
+        data_types=dict(grad_accum_dtype=gradient_type),
         zero_optimization=zero,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )
     # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **adamw)  # optimizer_step sets the rate
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, **adamw)  # optimizer_step sets the rate
+    with contextlib.redirect_stdout(io.StringIO()):  # ZeRO-1 prints its memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
         engine.enable_backward_allreduce = False
     reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
@@ -873,19 +1006,23 @@ def save_and_check(engine, tokenizer, folder, backend):
         if backend.rank == 0:
             model = engine.module.model
             aside = folder.with_name(folder.name + ".tmp")  # then renamed: the folder is whole or absent
-            model.save_pretrained(aside)
+            has_adapters = hasattr(model, "peft_config")
+            weights = merged_weights(model) if has_adapters else model.state_dict()
+            model.save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
             for path in aside.glob("*.safetensors"):  # which only their owner may read, so far
                 shutil.copymode(aside / "config.json", path)
-            check_saved(model, aside)
+            check_saved(model, weights, aside)
+            if has_adapters:
+                save_adapter(model, folder.with_name("adapter"))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
     dist.barrier()
 
 
 @torch.no_grad()
-def check_saved(model, folder):
-    """Ends the run unless from_pretrained gives back each weight of `model`; comparing them takes seconds."""
+def check_saved(model, weights, folder):
+    """Ends the run unless from_pretrained gives back each of the weights; comparing them takes seconds."""
     with fails_with(f"{folder}: the saved model cannot be read", status=1):
         saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -894,7 +1031,7 @@ def check_saved(model, folder):
     if not saved(torch.tensor([[0, 1]])).logits.isfinite().all():  # two tokens, on the CPU
         fail(f"{folder}: the model's outputs are not finite: it has diverged; lower --learning-rate", status=1)
     saved_weights = saved.state_dict()
-    for name, weight in model.state_dict().items():
+    for name, weight in weights.items():
         if not torch.equal(saved_weights[name], weight.cpu()):
             fail(f"{folder}: the saved {name} is not the trained one", status=1)
 
@@ -1376,6 +1513,10 @@ def check_flags(args):
                 fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
+    if args.lora_rank and (args.zero_stage == 3 or args.offload):
+        fail(
+            "--lora-rank: policy and reference share weights, which --zero-stage 3 and --offload cannot: leave them out"
+        )
     if args.offload and args.zero_stage == 0:
         fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
 

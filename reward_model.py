@@ -92,6 +92,8 @@ class Args:
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
+    lora_rank: NonNegativeInt = 0
+    """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -250,6 +252,7 @@ def main() -> None:
     classifier, _ = common.load_classifier(args.model, backend, new_head=True)
     torch.manual_seed(args.seed)
     torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
+    classifier = common.with_adapters(classifier, backend.lora_rank)
     model = common.train_engine(common.ScalarOutputs(classifier), backend, args.max_grad_norm)
 
     def evaluated(update) -> dict[str, float]:

@@ -124,6 +124,8 @@ class Args:
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and frozen models in CPU memory between uses."""
+    lora_rank: NonNegativeInt = 0
+    """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

@@ -71,12 +71,12 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
             seen["weights"] = {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
         save_and_check(engine, *args)
 
-    def check_spoiled(model, folder):
+    def check_spoiled(model, weights, folder):
         saved = load_file(folder / "model.safetensors")
         name = list(saved)[-1]
         saved[name].flatten()[-1] += 1e-3
         save_file(saved, folder / "model.safetensors", dict(format="pt"))
-        check_saved(model, folder)
+        check_saved(model, weights, folder)
 
     with contextlib.ExitStack() as stack:
         for name, new in (
