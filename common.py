@@ -693,7 +693,8 @@ def with_adapters(model, rank):
     adapted = same_weights(model).train()
     adapted.requires_grad_(False)
     torch.manual_seed(0)  # every rank of the run begins with the same adapters
-    peft.inject_adapter_in_model(config, adapted)  # not PeftModel, which would hide base_model
+    with warnings.catch_warnings(action="ignore"):  # that GPT-2's matrices lie transposed; peft sees to it
+        peft.inject_adapter_in_model(config, adapted)  # not PeftModel, which would hide base_model
     if hasattr(adapted, "score"):
         adapted.score.requires_grad_(True)
 
@@ -1514,9 +1515,7 @@ def check_flags(args):
     if args.attention == "flash_attention_2" and args.dtype == "float32":
         fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
     if args.lora_rank and (args.zero_stage == 3 or args.offload):
-        fail(
-            "--lora-rank: policy and reference share weights, which --zero-stage 3 and --offload cannot: leave them out"
-        )
+        fail("--lora-rank shares weights between models, which --zero-stage 3 and --offload cannot do: leave them out")
     if args.offload and args.zero_stage == 0:
         fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
 

@@ -1,0 +1,145 @@
+"""--lora-rank: adapters are trained, the weights are frozen, and the reference is the model below the adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import EXAMPLE, number_tokenizer, policy_of, run_here, start_backend, tiny_model
+from safetensors.torch import load_file
+
+import common
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+RESPONSES = [[11, 12, 1], [13, 14, 15, 1], [16, 1]]
+SAMPLING = common.Sampling(max_prompt_length=8, response_length=8, temperature=0.7, batch_size=8)
+
+
+def responses_of(policy) -> common.Responses:
+    prompts = [common.Prompt(str(row), row, {}) for row in PROMPTS]
+    return common.as_responses(policy, prompts, RESPONSES)
+
+
+def plain_policy(model) -> common.Policy:
+    return policy_of(model, number_tokenizer(), SAMPLING)
+
+
+def trained_policy(model, folder, rank=4, **flags) -> common.Policy:
+    """A policy with adapters after three steps, from a folder as in a run."""
+    model.save_pretrained(folder)
+    backend = start_backend(lora_rank=rank, **flags)
+    policy = common.load_policy(str(folder), number_tokenizer(), SAMPLING, backend)
+    policy.engine = common.train_engine(policy.engine, backend, 1.0)
+    rows = responses_of(policy)
+    for _ in range(3):
+        loss = -(common.logprobs(policy, rows) * rows.mask_BT).sum()
+        common.backward(policy.engine, loss, is_last=True)
+        common.optimizer_step(policy.engine, 1e-2)
+    return policy
+
+
+def real_logprobs(policy) -> torch.Tensor:
+    rows = responses_of(policy)
+    return common.all_logprobs(policy, rows, 8)[rows.mask_BT == 1]
+
+
+def test_the_reference_is_the_model_before_training_to_the_last_bit(model, tmp_path):
+    start_backend()
+    before = real_logprobs(plain_policy(model))
+    policy = trained_policy(model, tmp_path)
+    reference = common.load_reference(policy, start_backend(lora_rank=4))
+    assert torch.equal(real_logprobs(reference), before)
+    assert (real_logprobs(policy) - before).abs().max() > 0.1
+    for name, weight in model.state_dict().items():
+        assert torch.equal(reference.decoder.state_dict()[name], weight)
+
+
+def test_the_reference_and_the_policy_share_their_weights(model, tmp_path):
+    policy = trained_policy(model, tmp_path)
+    reference = common.load_reference(policy, start_backend(lora_rank=4))
+    of_the_policy = {weight.data_ptr() for weight in policy.engine.parameters()}
+    assert all(weight.data_ptr() in of_the_policy for weight in reference.engine.parameters())
+
+
+def test_a_policy_begins_as_the_reference_and_every_linear_layer_has_an_adapter(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    policy = common.load_policy(str(tmp_path), number_tokenizer(), SAMPLING, start_backend(lora_rank=2))
+    assert torch.equal(real_logprobs(policy), real_logprobs(plain_policy(model)))
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    expected = [name for name, layer in model.base_model.named_modules() if isinstance(layer, linear)]
+    adapted = policy.engine.model.base_model.named_modules()
+    assert [name for name, layer in adapted if hasattr(layer, "base_layer")] == expected
+    trained = [weight.shape for weight in policy.engine.parameters() if weight.requires_grad]
+    assert len(trained) == 2 * len(expected)
+    assert all(2 in shape for shape in trained)
+
+
+def test_the_saved_policy_is_the_adapted_one_and_peft_reads_the_adapter(model, tmp_path):
+    import peft
+
+    policy = trained_policy(model, tmp_path / "base")
+    expected = real_logprobs(policy)
+    common.save_and_check(policy.engine, number_tokenizer(), tmp_path / "run" / "policy", start_backend(lora_rank=4))
+    merged = type(model).from_pretrained(tmp_path / "run" / "policy")
+    assert {*merged.state_dict()} == {*model.state_dict()}
+    torch.testing.assert_close(real_logprobs(plain_policy(merged)), expected, atol=1e-5, rtol=0)
+
+    base = type(model).from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    found = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        with torch.no_grad():
+            logits = adapted(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        found.append(logits.log_softmax(-1)[range(len(response)), response])
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=0)
+
+
+def test_the_change_of_a_matrix_is_32_over_the_rank_times_b_times_a(tmp_path):
+    model = tiny_model("llama")
+    policy = trained_policy(model, tmp_path, rank=8)
+    layer = policy.engine.module.model.model.layers[0].mlp.up_proj
+    change = 32 / 8 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    merged = common.merged_weights(policy.engine.module.model)["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(merged, model.model.layers[0].mlp.up_proj.weight + change)
+    assert change.abs().max() > 1e-3
+
+
+def test_bfloat16_trains_float32_masters_of_the_adapters(tmp_path):
+    """A hundred steps of 1e-5 are each below the type's resolution of A, but they must arrive."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    backend = start_backend(lora_rank=4, dtype="bfloat16", zero_stage=2)
+    policy = common.load_policy(str(tmp_path), number_tokenizer(), SAMPLING, backend)
+    policy.engine = common.train_engine(policy.engine, backend, 1.0)
+    layer = policy.engine.module.model.model.layers[0].mlp.up_proj
+    before = layer.lora_A["default"].weight.clone()
+    layer.lora_B["default"].weight.data.fill_(0.1)  # else A has no gradient yet
+    rows = responses_of(policy)
+    for _ in range(100):
+        loss = -(common.logprobs(policy, rows) * rows.mask_BT).sum()
+        common.backward(policy.engine, loss, is_last=True)
+        common.optimizer_step(policy.engine, 1e-5)
+    moved = layer.lora_A["default"].weight != before
+    assert moved.float().mean() > 0.3
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert not layer.base_layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("flags", [["--zero-stage", 3], ["--zero-stage", 2, "--offload"]])
+def test_stages_that_shard_or_move_weights_are_refused(flags, tmp_path, capsys):
+    assert run_here("remax", "--lora-rank", 4, *flags, "--output-dir", tmp_path / "r") == 2
+    assert "--lora-rank shares weights" in capsys.readouterr().err
+
+
+def test_a_reward_model_trains_adapters_and_its_whole_head(tmp_path, capsys):
+    flags = ["--dataset", EXAMPLE / "preferences.jsonl", "--total-episodes", 64, "--eval-size", 20, "--lora-rank", 2]
+    assert run_here("reward_model", *flags, "--output-dir", tmp_path / "r") == 0
+    config = json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())
+    weights = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
+    merged = load_file(tmp_path / "r" / "reward_model" / "model.safetensors")
+    assert config["task_type"] == "SEQ_CLS" and config["r"] == 2
+    assert torch.equal(weights["base_model.model.score.weight"], merged["score.weight"])
+    assert "Adapters of rank 2" in capsys.readouterr().out
+    assert not any("lora" in name for name in merged)
+    assert Path(tmp_path / "r" / "reward_model" / "README.md").exists()
