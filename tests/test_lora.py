@@ -22,7 +22,9 @@ def responses_of(policy) -> common.Responses:
 
 
 def plain_policy(model) -> common.Policy:
-    return policy_of(model, number_tokenizer(), SAMPLING)
+    policy = policy_of(model, number_tokenizer(), SAMPLING)
+    policy.engine.eval()  # a model from a folder has dropout
+    return policy
 
 
 def trained_policy(model, folder, rank=4, **flags) -> common.Policy:
