@@ -13,7 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tuned
 from PIL import Image
-from rows import RESULTS, read_rows
+from rows import RESULTS, mean_and_spread, read_rows
+from tasks import METHODS as TUNED
+from tasks import SIZES
 
 PARTS = dict(rollout="#2f5fa8", scoring="#a8dba8", reference="#8e6bb0", training="#f2b179", rest="#777777")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
@@ -111,27 +113,40 @@ def first_run():
     return figure
 
 
-def mean_and_spread(runs: list[list[dict]], name: str) -> tuple[list[float], list[float]]:
-    """Over the runs, at each of their points."""
-    values = [[point[name] for point in points] for points in zip(*runs, strict=True)]
-    return [statistics.fmean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-
-
 def draw(axis, runs: list[list[dict]], x: str, y: str, label: str, colour: str, line: str, marker: str):
     """A line through the runs' means; at its end a marker with the standard deviations."""
-    (xs, x_spreads), (ys, y_spreads) = (mean_and_spread(runs, name) for name in (x, y))
-    axis.plot(xs, ys, color=colour, linestyle=line, linewidth=1.3, marker=".", markersize=3)
-    spreads = dict(xerr=x_spreads[-1], yerr=y_spreads[-1], elinewidth=0.7)
-    axis.errorbar(xs[-1], ys[-1], **spreads, color=colour, marker=marker, markersize=6, linestyle=line, label=label)
+    points = list(zip(*runs, strict=True))  # at each point of the paths, those of all runs
+    xs = [mean_and_spread([point[x] for point in of_runs]) for of_runs in points]
+    ys = [mean_and_spread([point[y] for point in of_runs]) for of_runs in points]
+    axis.plot(
+        [mean for mean, _ in xs],
+        [mean for mean, _ in ys],
+        color=colour,
+        linestyle=line,
+        linewidth=1.3,
+        marker=".",
+        markersize=3,
+    )
+    (last_x, x_spread), (last_y, y_spread) = xs[-1], ys[-1]
+    axis.errorbar(
+        last_x,
+        last_y,
+        xerr=x_spread,
+        yerr=y_spread,
+        elinewidth=0.7,
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linestyle=line,
+        label=label,
+    )
 
 
 def tuned_runs(task: str) -> dict[str, list[dict]]:
-    """Method -> the final rows of tuned.jsonl that have not failed."""
-    runs = {}
-    for row in read("tuned.jsonl"):
-        if row["task"] == task and not row["tuning"] and "points" in row:
-            runs.setdefault(row["method"], []).append(row)
-    return runs
+    """Method -> the final rows of tuned.jsonl at its newest setting."""
+    results = read("tuned.jsonl")
+    runs = {method: tuned.final_rows(results, task, method) for method in TUNED | SIZES}
+    return {method: rows for method, rows in runs.items() if rows}
 
 
 def frontier(task: str, gold: str):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 import workloads
-from rows import read_rows
+from rows import markdown_table, read_rows
 
 
 def seconds(function, device: torch.device, repeats: int = 20) -> float:
@@ -38,7 +38,7 @@ def main() -> None:
     bandwidth = 2 * a.nbytes / seconds(lambda: b.copy_(a), device)  # bytes read and written
     product = 2 * args.size**3 / seconds(lambda: torch.mm(a, a, out=b), device)
     print(f"copy {bandwidth / 1e9:.0f} GB/s, product {product / 1e12:.2f} TFLOP/s\n")
-    print("| | workload | samples / s | decode / copy | training / product | peak GB |\n" + "|---" * 6 + "|")
+    lines = []
     for row in read_rows(args.results):
         kind, shape, B, P, T = workloads.WORKLOADS[row["task"]]
         cells = [f"{B / row['median_s']:.1f}", "", "", f"{row['peak_rss_mb'] * 2**20 / 1e9:.1f}"]
@@ -54,7 +54,9 @@ def main() -> None:
             work = (8 if "checkpointing" in row["flags"] else 6) * epochs * (2 if is_ppo else 1)
             work += 4 if is_ppo else 0  # log-probabilities and values of the old policy
             cells[2] = f"{work * parameters * B * (P + T) / row['training'] / product:.0%}"
-        print("| " + " | ".join([row["method"], row["task"], *cells]) + " |")
+        lines.append([row["method"], row["task"], *cells])
+    titles = ["method", "workload", "samples / s", "decode / copy", "training / product", "peak GB"]
+    print(markdown_table(titles, lines))
 
 
 if __name__ == "__main__":

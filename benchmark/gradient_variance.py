@@ -3,13 +3,13 @@
     python benchmark/gradient_variance.py [--tasks reviews rule] [--batches 50]
 
 Policies: the initial one, and those after 1,600 and 3,200 prompts of ReMax at its setting in tuned.jsonl (two runs,
-made in runs/benchmark). For each: the gradients of many batches of 64 prompts with one sampled and one greedy response
-each, by remax.py's `advantages` and `policy_loss` with each baseline, and of as many batches of RLOO with as many
-generated responses (32 prompts, four samples each); the trace of each gradient's covariance, relative to no baseline,
-with a bootstrap interval over batches. Appends to benchmark/results/gradient_variance.jsonl.
+made in runs/benchmark). For each policy it takes many batches of 64 prompts with one sampled and one greedy response
+each, and their gradients by remax.py's `advantages` and `policy_loss` with each baseline; and as many batches of RLOO
+that generate as many responses (32 prompts, four samples each). It prints the trace of each gradient's covariance,
+divided by the trace without a baseline, with a bootstrap interval over batches. Appends to
+benchmark/results/gradient_variance.jsonl.
 """
 
-import os
 import subprocess
 import sys
 import types
@@ -22,9 +22,11 @@ import tyro
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
+import tasks  # noqa: E402
 import tuned  # noqa: E402
+from choice import Setting  # noqa: E402
 from fitted import fitted_baselines, mean_of_others  # noqa: E402
-from rows import RESULTS, append_row, commit, read_rows  # noqa: E402
+from rows import ENVIRONMENT, RESULTS, Run, append_row, commit, read_rows  # noqa: E402
 
 import common  # noqa: E402
 import reinforce  # noqa: E402
@@ -57,17 +59,21 @@ def baselines(rewards_B, greedy_B) -> dict[str, torch.Tensor]:
     }
 
 
-def trained(task, episodes) -> str:
-    """The folder of a policy that ReMax has trained for so many prompts."""
+def setting_of_remax(task) -> Setting:
+    """The learning rate and KL coefficient of ReMax's final runs."""
+    return tuned.setting_of(tuned.final_rows(read_rows(RESULTS / "tuned.jsonl"), task, "remax")[-1])
+
+
+def trained(task, setting, episodes) -> str:
+    """The folder of a policy that ReMax has trained on this many prompts."""
     if episodes == 0:
-        return str(ROOT / tuned.TASKS[task].policy)
-    folder = ROOT / tuned.MADE / f"{task}_{episodes}"
+        return str(ROOT / tasks.TASKS[task].policy)
+    folder = ROOT / tasks.MADE / f"{task}_{episodes}_{setting.learning_rate}_{setting.restraint}"
     if not folder.exists():
-        results = read_rows(RESULTS / "tuned.jsonl")
-        script, flags = tuned.command_of(task, "remax", *tuned.chosen(results, task, "remax"), seed=1)
-        flags = flags.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
-        command = [sys.executable, script, *flags, "--eval-every", "0", "--output-dir", str(folder)]
-        subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), check=True, capture_output=True)
+        run = tasks.run_of(task, "remax", setting, seed=1, tuning=False)
+        flags = run.flags.replace("--total-episodes 3200", f"--total-episodes {episodes}").split()
+        command = [sys.executable, run.script, *flags, "--eval-every", "0", "--output-dir", str(folder)]
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     return str(folder / "policy")
 
 
@@ -93,7 +99,8 @@ def main() -> None:
     backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
     head = commit()
     for task in args.tasks:
-        where = tuned.TASKS[task]
+        where = tasks.TASKS[task]
+        setting = setting_of_remax(task)
         tokenizer = common.load_tokenizer(where.policy)
         sampling = common.Sampling(64, where.length, 1.0, 128)
         prompts = common.load_prompts(str(ROOT / where.dataset), (None, "train"), "prompt", tokenizer, 64)
@@ -101,7 +108,7 @@ def main() -> None:
         reference = common.load_policy(where.policy, tokenizer, sampling, backend)
         reference.engine = common.freeze(reference.engine, backend)
         for episodes in args.episodes:
-            policy = common.load_policy(trained(task, episodes), tokenizer, sampling, backend)
+            policy = common.load_policy(trained(task, setting, episodes), tokenizer, sampling, backend)
             gradients, rewards, greedy_rewards = {}, [], []
 
             for batch in range(args.batches):
@@ -113,13 +120,13 @@ def main() -> None:
                 sampled = responses[: args.batch_size]
                 ref_logprobs_BT = common.all_logprobs(reference, sampled, args.batch_size)
                 for name, baselines_B in baselines(rewards_B, greedy_B).items():
-                    vector = gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, where.kl_coef)
+                    vector = gradient(policy, sampled, ref_logprobs_BT, rewards_B, baselines_B, setting.restraint)
                     gradients.setdefault(name, []).append(vector)
                 four = common.rollout(policy, some[::2], num_samples=4, greedy=False)
                 fours_B = reward(four)
                 ref_logprobs_BT = common.all_logprobs(reference, four, args.batch_size)
                 baselines_B = reinforce.leave_one_out(fours_B, 4)
-                vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, where.kl_coef)
+                vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, setting.restraint)
                 gradients.setdefault("RLOO, N = 4, as many responses", []).append(vector)
                 rewards.append(rewards_B)
                 greedy_rewards.append(greedy_B)
@@ -133,12 +140,19 @@ def main() -> None:
             for name, gram in grams.items():
                 ratio = trace_of_covariance(gram) / whole
                 draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
-                row = dict(task=task, method=name, seed=0, tuning=False, commit=head)
-                row |= dict(script="benchmark/gradient_variance.py", flags=f"--tasks {task}")
-                row |= dict(episodes=episodes, batches=args.batches, batch_size=args.batch_size)
-                row |= dict(ratio=ratio.item(), low=draws[50].item(), high=draws[1949].item())
-                row |= dict(reward=torch.cat(rewards).mean().item(), reward_std=torch.cat(rewards).std().item())
-                row |= dict(greedy_reward=torch.cat(greedy_rewards).mean().item())
+                run = Run(task, name, "benchmark/gradient_variance.py", f"--tasks {task}", seed=0)
+                row = run.row(
+                    head,
+                    episodes=episodes,
+                    batches=args.batches,
+                    batch_size=args.batch_size,
+                    ratio=ratio.item(),
+                    low=draws[50].item(),
+                    high=draws[1949].item(),
+                    reward=torch.cat(rewards).mean().item(),
+                    reward_std=torch.cat(rewards).std().item(),
+                    greedy_reward=torch.cat(greedy_rewards).mean().item(),
+                )
                 append_row(args.results, row)
                 print(f"{task}, {episodes}: {name} {ratio:.3f} ({draws[50]:.3f} to {draws[1949]:.3f})", flush=True)
 

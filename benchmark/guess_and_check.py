@@ -2,17 +2,14 @@
 
     python benchmark/guess_and_check.py [--methods remax reinforce …] [--seeds 5]
 
-Every run is a subprocess of the script, one thread. Then its policy gives 8 samples to each held-out question. Appends
-one JSON line per run to benchmark/results/guess_and_check.jsonl (a run that is already there is not repeated) and
-prints the table. --reward-function trains on another rule; what is measured stays the example's.
+Every run is the script in a process of its own, with one thread. Then its policy gives 8 samples to each held-out
+question. Appends one row per run to benchmark/results/guess_and_check.jsonl (a run that is there is not repeated) and
+prints the table. --reward-function trains on another rule; the example's own rule still measures the result.
 """
 
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +19,12 @@ import tyro
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
-from rows import RESULTS, append_row, commit, read_rows  # noqa: E402
+from rows import RESULTS, Run, markdown_table, read_rows, run_missing, run_script, with_spread  # noqa: E402
 
 import common  # noqa: E402
 import remax  # noqa: E402
 
 EXAMPLE = "examples/guess_and_check"
-ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")  # before this process joins a group
 POLICY = f"--model {EXAMPLE}/policy"
 DATA = f"--dataset {EXAMPLE}/prompts.jsonl --eval-dataset {EXAMPLE}/prompts_test.jsonl"
 GRADIENT = "--total-episodes 3200 --learning-rate 4e-4 --kl-coef 0 --response-length 60 --eval-size 100 --eval-every 5"
@@ -61,20 +57,18 @@ class Args:
     """File that the results are appended to."""
 
 
-def run(script: str, flags: str, folder: Path) -> dict:
-    """CPU seconds, and a curve: the evaluations' prompts, success and length, as in metrics.jsonl."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, script, *flags.split(), "--output-dir", str(folder)]
-    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rows = read_rows(folder / "metrics.jsonl")
+def measure(run: Run, folder: Path) -> dict:
+    """Trains; -> success and more of the policy, CPU seconds, and a curve from metrics.jsonl."""
+    if run.method == "before":
+        return success(Path(EXAMPLE, "policy")) | dict(cpu_seconds=0.0)
+    done = run_script(run, folder)
     names = ("episodes", "eval_reward", "eval_response_length", "reward", "response_length")
-    curve = {name: [row.get(name) for row in rows] for name in names}
-    return dict(cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, curve=curve)
+    curve = {name: [row.get(name) for row in done["metrics"]] for name in names}
+    return success(folder / "run" / "policy") | dict(cpu_seconds=done["cpu_seconds"], curve=curve)
 
 
-def measure(path: Path) -> dict:
-    """Of 8 sampled responses and the greedy one to each held-out question."""
+def success(path: Path) -> dict:
+    """Success, length and KL of 8 sampled responses and the greedy one to each held-out question."""
     os.chdir(ROOT)
     flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60, micro_batch_size=100)
     backend = common.start_processes(flags)
@@ -109,38 +103,33 @@ def measure(path: Path) -> dict:
 def table(results: list[dict]) -> str:
     columns = dict(greedy_success="greedy success", success="sampled", pass_at_8="pass@8", length="tokens", kl="KL")
     columns |= dict(wrong_claims="wrong “!”", first_guess="first guess right", cpu_seconds="CPU s")
-    lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in results):
         rows = [row for row in results if row["method"] == method]
-        cells = []
-        for name in columns:
-            values = [row[name] for row in rows]
-            digits = 1 if name in ("length", "cpu_seconds") else 2
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
-        lines.append(f"| {method} ({len(rows)}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        digits = dict(length=1, cpu_seconds=1)
+        cells = [with_spread([row[name] for row in rows], digits.get(name, 2)) for name in columns]
+        lines.append([f"{method} ({len(rows)})", *cells])
+    return markdown_table(["method", *columns.values()], lines)
+
+
+def run_of(method: str, seed: int, reward_function: str) -> Run:
+    command = METHODS.get(method, OF_BEFORE).replace("RULE", f"--reward-function {reward_function}")
+    script, flags = command.split(" ", 1)
+    name = method if reward_function == Args.reward_function else f"{method}, {reward_function}"
+    if method in METHODS:
+        flags += f" --seed {seed}"
+    return Run("guess_and_check", name, script, flags, seed)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    head, results = commit(), read_rows(args.results)
-    for seed in args.seeds:
-        for method in args.methods:
-            rule = f"--reward-function {args.reward_function}"
-            command = f"{METHODS[method].replace('RULE', rule)} --seed {seed}" if method in METHODS else OF_BEFORE
-            script, flags = command.split(" ", 1)
-            name = method if args.reward_function == Args.reward_function else f"{method}, {args.reward_function}"
-            if any((row["method"], row["script"], row["flags"]) == (name, script, flags) for row in results):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                row = run(script, flags, Path(folder, "run")) if method in METHODS else dict(cpu_seconds=0.0)
-                row = measure(Path(folder, "run", "policy") if method in METHODS else Path(EXAMPLE, "policy")) | row
-            key = dict(task="guess_and_check", method=name, seed=seed, tuning=False, commit=head)
-            results.append(key | dict(script=script, flags=flags) | row)
-            append_row(args.results, results[-1])
-            print(f"{name}, seed {seed}: greedy success {row['greedy_success']:.2f}", flush=True)
-    print("\n" + table(results))
+    runs = [run_of(method, seed, args.reward_function) for seed in args.seeds for method in args.methods]
+
+    def shown(row: dict) -> str:
+        return f"{row['method']}, seed {row['seed']}: greedy success {row['greedy_success']:.2f}"
+
+    run_missing(runs, measure, args.results, show=shown)
+    print("\n" + table(read_rows(args.results)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a frozen one has weights. It leaves out activations, the cache of a rollout, log
 benchmark/results/memory.jsonl.
 """
 
-import json
 import shlex
 import statistics
 import subprocess
@@ -19,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rows import RESULTS, append_row, commit
-
-HERE = Path(__file__).resolve().parent
+from rows import RESULTS, ROOT, Run, append_row, commit, markdown_table, measure_step
 
 # script: (models that are trained, models that are frozen), all of one size. spr.py and spr_token.py have their reward
 # model in memory only while gradients are not, and dpo.py asks its reference before it trains.
@@ -64,7 +61,7 @@ def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int
 def extrapolated() -> str:
     """Gigabytes on each device in bfloat16, by model size: SPR (and SFT), ReMax (and REINFORCE), PPO."""
     titles = [f"{size}: {name}" for size in SIZES for name in ("SPR", "ReMax", "PPO")]
-    lines = ["| devices | ZeRO | offload | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
+    lines = []
     for ranks in (1, 4, 8):
         for zero_stage in (0, 1, 2, 3):
             for offload in (False, True) if zero_stage else (False,):
@@ -76,43 +73,44 @@ def extrapolated() -> str:
                     for n in SIZES.values()
                     for script in ("spr", "remax", "ppo")
                 ]
-                lines.append(
-                    "| " + " | ".join([str(ranks), str(zero_stage), "yes" if offload else "no", *cells]) + " |"
-                )
-    return "\n".join(lines)
+                lines.append([str(ranks), str(zero_stage), "yes" if offload else "no", *cells])
+    return markdown_table(["devices", "ZeRO", "offload", *titles], lines)
 
 
-def output(*command) -> str:
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent).stdout
+def imports_mb() -> float:
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+    command = [sys.executable, "-c", f"import resource, common; print({peak})"]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
     head = commit()
-    imports = float(output("-c", f"import resource, common; print({peak})"))
+    imports = round(imports_mb(), 1)
     measured = ["--workload", args.workload, "--micro-batch-size", str(args.micro_batch_size), f"--flags={args.flags}"]
-    flags = [*measured, "--ppo-epochs", "1", "--steps", "1", "--no-floor", "--results", "/dev/null"]
+    arithmetic = {script: bytes_per_parameter(script, bf16="bfloat16" in args.flags) for script in args.scripts}
     peaks = {script: [] for script in args.scripts}
     for _ in range(args.repeats):
         for script in args.scripts:
-            lines = output(HERE / "step.py", "--script", script, *flags).splitlines()
-            row = next(json.loads(line) for line in lines if line.startswith("{"))
-            peaks[script].append(row["peak_rss_mb"])
-            key = dict(task=args.workload, method=script, seed=1, tuning=False, commit=head)
-            key |= dict(script="benchmark/memory.py", flags=shlex.join(["--scripts", script, *measured]))
-            row = key | dict(peak_rss_mb=row["peak_rss_mb"], device=row["device"], imports_mb=round(imports, 1))
-            row |= dict(bytes_per_parameter=bytes_per_parameter(script, bf16="bfloat16" in args.flags))
+            step = measure_step("--script", script, *measured, "--ppo-epochs", "1", "--steps", "1", "--no-floor")
+            peaks[script].append(step["peak_rss_mb"])
+            run = Run(args.workload, script, "benchmark/memory.py", shlex.join(["--scripts", script, *measured]))
+            row = run.row(
+                head,
+                peak_rss_mb=step["peak_rss_mb"],
+                device=step["device"],
+                imports_mb=imports,
+                bytes_per_parameter=arithmetic[script],
+            )
             append_row(args.results, row)
     first = statistics.median(peaks[args.scripts[0]])
-    titles = ["script", "bytes per parameter", "peak MB: median", "lowest, highest", f"/ {args.scripts[0]}"]
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    lines = []
     for script, values in peaks.items():
         median = statistics.median(values)
-        cells = [script, f"{bytes_per_parameter(script, bf16='bfloat16' in args.flags):.0f}", f"{median:,.0f}"]
-        cells += [f"{min(values):,.0f}, {max(values):,.0f}", f"{median / first:.3f}"]
-        print("| " + " | ".join(cells) + " |")
+        ends = f"{min(values):,.0f}, {max(values):,.0f}"
+        lines.append([script, f"{arithmetic[script]:.0f}", f"{median:,.0f}", ends, f"{median / first:.3f}"])
+    titles = ["script", "bytes per parameter", "peak MB: median", "lowest, highest", f"/ {args.scripts[0]}"]
+    print(markdown_table(titles, lines))
     print("\nResident gigabytes on each device, bfloat16, without activations:\n\n" + extrapolated())
 
 

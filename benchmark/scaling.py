@@ -7,19 +7,15 @@ in a process of its own (step.py). The exponent of a part is the slope of log se
 two points, where fixed costs matter least; 1 is linear. Appends to benchmark/results/scaling.jsonl.
 """
 
-import json
 import math
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 import workloads
-from rows import RESULTS, append_row, commit
+from rows import RESULTS, Run, append_row, commit, markdown_table, measure_step
 
-HERE = Path(__file__).resolve().parent
 PARTS = ("cpu_s", "rollout", "scoring", "reference", "training")
 BASE = dict(width=192, batch_size=32, response_length=48, vocab_size=1000)
 SWEEPS = dict(
@@ -44,12 +40,9 @@ def measure(script: str, steps: int, width: int, batch_size: int, response_lengt
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(n_embd=width, n_layer=4, n_head=4, n_positions=256, vocab_size=vocab_size)
         workloads.save_policy(Path(folder, "policy"), "gpt2", **shape)
-        command = [sys.executable, HERE / "step.py", "--script", script, "--model", Path(folder, "policy")]
-        command += ["--no-floor"]
-        command += ["--steps", steps, "--batch-size", batch_size, "--response-length", response_length]
-        command += ["--prompt-length", 16, "--results", "/dev/null"]
-        lines = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return next(json.loads(line) for line in lines if line.startswith("{"))
+        flags = ["--script", script, "--model", Path(folder, "policy"), "--no-floor", "--steps", steps]
+        flags += ["--batch-size", batch_size, "--response-length", response_length, "--prompt-length", 16]
+        return measure_step(*flags)
 
 
 def size_of(knob: str, value: int) -> float:
@@ -65,17 +58,16 @@ def main() -> None:
         for value in values:
             point = BASE | {knob: value}
             row = measure(args.script, args.steps, **point)
-            key = dict(task=f"scaling, {knob}", method=args.script, seed=1, tuning=False, commit=head)
-            key |= dict(script="benchmark/scaling.py", flags=f"--script {args.script} --steps {args.steps}")
-            rows.append(key | point | {part: row[part] for part in PARTS})
-            rows[-1] |= dict(peak_rss_mb=row["peak_rss_mb"], device=row["device"])
+            flags = f"--script {args.script} --steps {args.steps}"
+            run = Run(f"scaling, {knob}", args.script, "benchmark/scaling.py", flags)
+            numbers = {name: row[name] for name in (*PARTS, "peak_rss_mb", "device")}
+            rows.append(run.row(head, **point, **numbers))
             append_row(args.results, rows[-1])
         growth = math.log(size_of(knob, rows[-1][knob]) / size_of(knob, rows[-2][knob]))
         slopes = {part: math.log(max(rows[-1][part], 1e-9) / max(rows[-2][part], 1e-9)) / growth for part in PARTS}
         points = ", ".join(f"{row[knob]}: {row['cpu_s']:.2f}" for row in rows)
-        lines.append(f"| {knob} | {points} | " + " | ".join(f"{slopes[part]:.2f}" for part in PARTS) + " |")
-    print("| what grows | seconds per update | " + " | ".join(["all", *PARTS[1:]]) + " |\n" + "|---" * 7 + "|")
-    print("\n".join(lines))
+        lines.append([knob, points, *(f"{slopes[part]:.2f}" for part in PARTS)])
+    print(markdown_table(["what grows", "seconds per update", "all", *PARTS[1:]], lines))
 
 
 if __name__ == "__main__":

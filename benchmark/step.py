@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 import workloads
-from rows import RESULTS, append_row, commit, given_flags
+from rows import RESULTS, Run, append_row, commit, given_flags, markdown_table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -268,14 +268,13 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 def table(rows: list[dict]) -> str:
     """CPU seconds where there is no GPU, else wall seconds."""
-    lines = ["| script | workload | seconds | " + " | ".join(PARTS) + " | floor | step / floor | peak MB |"]
-    lines.append("|---" * (len(PARTS) + 6) + "|")
+    lines = []
     for row in rows:
         seconds, floor = ("cpu_s", "floor_cpu_s") if row["device"] == "cpu" else ("median_s", "floor_s")
         cells = [row["method"], row["task"], *(f"{row[key]:.3g}" for key in (seconds, *PARTS))]
         cells += [f"{row[floor]:.3g}", f"{row[seconds] / row[floor]:.2f}"] if floor in row else ["", ""]
-        lines.append("| " + " | ".join([*cells, f"{row['peak_rss_mb']:.0f}"]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['peak_rss_mb']:.0f}"])
+    return markdown_table(["script", "workload", "seconds", *PARTS, "floor", "step / floor", "peak MB"], lines)
 
 
 def main() -> None:
@@ -327,8 +326,7 @@ def main() -> None:
         name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
         on = 0 if torch.cuda.is_available() else 1  # the parts in wall seconds on a GPU, in CPU seconds on a CPU
         totals = torch.stack([sum(step.values()) for step in steps]).median(0).values.tolist()
-        row = dict(task=args.workload, method=name, seed=1, tuning=False, commit=head)
-        row |= dict(script="benchmark/step.py", flags=given_flags())
+        row = Run(args.workload, name, "benchmark/step.py", given_flags()).row(head)
         row |= dict(median_s=totals[0], cpu_s=totals[1], n=len(steps))
         row |= dict(peak_rss_mb=json.loads(metrics[-1])["peak_memory_bytes"] / 2**20)
         row |= {part: statistics.median(float(step[part][on]) for step in steps) for part in PARTS}

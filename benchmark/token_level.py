@@ -2,22 +2,16 @@
 
     python benchmark/token_level.py --seeds 5 --gold-reward-function examples/reviews/sentiment.py:reward
 
-Every run is a subprocess, one thread; flags that are not of this script go to both scripts. Appends one JSON line per
-run to benchmark/results/token_level.jsonl (a run that is already there is not repeated) and prints the table of these
-flags. CPU seconds are those of the whole process: imports, iterations and evaluations.
+Every run is a process of its own, with one thread; flags that this program does not know go to both scripts. Appends
+one row per run to benchmark/results/token_level.jsonl (a run that is there is not repeated) and prints the table of
+these flags. CPU seconds are those of the whole process: imports, iterations and evaluations.
 """
 
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rows import RESULTS, ROOT, append_row, commit, read_rows
+from rows import RESULTS, Run, markdown_table, run_missing, run_script, with_spread
 
 SCRIPTS = ("spr.py", "spr_token.py")
 COLUMNS = dict(
@@ -48,50 +42,36 @@ class Args:
     """File that the results are appended to."""
 
 
-def children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def run(script: str, flags: str) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "run")
-        command = [sys.executable, str(ROOT / script), *flags.split(), "--output-dir", str(out)]
-        before = children_seconds()
-        subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1"), check=True, capture_output=True)
-        seconds = children_seconds() - before
-        return dict(cpu_seconds=round(seconds, 1), metrics=read_rows(out / "metrics.jsonl"))
+def measure(run: Run, folder: Path) -> dict:
+    done = run_script(run, folder)
+    return done | dict(cpu_seconds=round(done["cpu_seconds"], 1))
 
 
 def table(results: list[dict]) -> str:
     """Mean ± standard deviation over the seeds, at the end."""
-    lines = ["| script | " + " | ".join(COLUMNS.values()) + " | CPU seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = []
     for script in dict.fromkeys(row["script"] for row in results):
         rows = [row for row in results if row["script"] == script]
-        last = [row["metrics"][-1] | dict(cpu_seconds=row["cpu_seconds"]) for row in rows]
-        cells = []
-        for name in (*COLUMNS, "cpu_seconds"):
-            values = [metrics[name] for metrics in last if name in metrics]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.fmean(values):.2f} ± {spread:.2f}" if values else "")
-        lines.append(f"| {script} ({len(rows)} seeds) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ends = [row["metrics"][-1] for row in rows]
+        cells = [with_spread([end[name] for end in ends if name in end]) for name in COLUMNS]
+        seconds = with_spread([row["cpu_seconds"] for row in rows])
+        lines.append([f"{script} ({len(rows)} seeds)", *cells, seconds])
+    return markdown_table(["script", *COLUMNS.values(), "CPU seconds"], lines)
 
 
 def main() -> None:
     args, flags = tyro.cli(Args, return_unknown_args=True)
-    head, results, shown = commit(), read_rows(args.results), []
-    for seed in range(1, args.seeds + 1):
-        for script in args.scripts:
-            words = " ".join([*flags, "--seed", str(seed)])
-            rows = [row for row in results if (row["script"], row["flags"]) == (script, words)]
-            if not rows:
-                row = dict(task=args.task, method=script, seed=seed, tuning=False, commit=head)
-                rows = [row | dict(script=script, flags=words) | run(script, words)]
-                append_row(args.results, rows[0])
-                print(script, f"seed {seed}: greedy reward {rows[0]['metrics'][-1]['eval_reward']:.2f}", flush=True)
-            shown += rows
-    print("\n" + table(sorted(shown, key=lambda row: (row["script"], row["seed"]))))
+    runs = [
+        Run(args.task, script, script, " ".join([*flags, "--seed", str(seed)]), seed)
+        for seed in range(1, args.seeds + 1)
+        for script in args.scripts
+    ]
+
+    def shown(row: dict) -> str:
+        return f"{row['script']} seed {row['seed']}: greedy reward {row['metrics'][-1]['eval_reward']:.2f}"
+
+    rows = run_missing(runs, measure, args.results, show=shown)
+    print("\n" + table(sorted(rows, key=lambda row: (row["script"], row["seed"]))))
 
 
 if __name__ == "__main__":

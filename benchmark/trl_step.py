@@ -25,7 +25,7 @@ import transformers
 import trl
 import workloads
 from datasets import Dataset
-from rows import RESULTS, append_row, commit, given_flags
+from rows import RESULTS, Run, append_row, commit, given_flags
 
 parser = argparse.ArgumentParser()
 parser.add_argument("algorithm", choices=("rloo", "ppo1", "ppo4"))
@@ -96,8 +96,8 @@ else:
 trainer.train()
 wall, cpu = ([b[i] - a[i] for a, b in zip(times[2:], times[3:], strict=False)] for i in range(2))  # two to warm up
 peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-row = dict(task=args.workload, method=f"TRL {trl.__version__} {args.algorithm}", seed=42, tuning=False, commit=commit())
-row |= dict(script="benchmark/trl_step.py", flags=given_flags())
+method = f"TRL {trl.__version__} {args.algorithm}"
+row = Run(args.workload, method, "benchmark/trl_step.py", given_flags(), seed=42).row(commit())
 row |= dict(median_s=statistics.median(wall), cpu_s=statistics.median(cpu), n=len(wall))
 row |= dict(peak_rss_mb=peak / 2**20, threads=torch.get_num_threads())
 row |= dict(device=torch.cuda.get_device_name() if gpu else "cpu")

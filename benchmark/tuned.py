@@ -1,149 +1,48 @@
-"""Each method at its own best learning rate (and β), at equal numbers of generated responses.
+"""Each method at its own best learning rate and restraint, at equal numbers of generated responses.
 
     python benchmark/tuned.py --stage tuning [--tasks reviews rule] [--methods …] [--jobs 2]
     python benchmark/tuned.py --stage final [--tasks reviews] [--seeds 1 2 3 4 5]
     python benchmark/tuned.py --table [--tasks reviews]
 
-The rules are in benchmark/README.md. `tuning` runs the grid on the seeds 101 and 102, `final` the chosen settings on
-fresh seeds; a run whose row is there is not repeated. At each evaluation the run's policy gives two samples to each of
-the task's held-out prompts: gold reward, reward, win rate and KL to the initial policy are measured on these, in the
-same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script and flags repeat the training (the
-folders in runs/benchmark that some flags name are made when a run needs them).
+The rules are in benchmark/README.md. `tuning` runs each method's grid as choice.py asks for it, `final` the chosen
+settings on fresh seeds; a run whose row is there is not repeated, so a stopped program goes on where it was. In the
+background: `nohup nice -n 19 python benchmark/tuned.py --stage tuning > tuned.log &`. At each evaluation the run's
+policy gives two samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial
+policy are measured on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script
+and flags repeat the training (the folders in runs/benchmark that some flags name are made when a run needs them).
 """
 
-import concurrent.futures
 import itertools
-import json
-import os
 import runpy
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import choice
 import tyro
-from rows import RESULTS, ROOT, append_row, commit, read_rows
+from choice import Result, Setting, Step
+from rows import ENVIRONMENT, RESULTS, ROOT, Run, append_row, flag, markdown_table, read_rows, run_missing, with_spread
+from tasks import METHODS, SIZES, TASKS, grid, make_reward_model, run_of
 
 HERE = Path(__file__).resolve().parent
-MADE = "runs/benchmark"  # reward models that the tasks below need
 sys.path.insert(0, str(ROOT))
 
-
-@dataclass
-class Task:
-    """Paths are relative to the project; `pairs` and `lengths` are flags."""
-
-    dataset: str
-    scoring: tuple[str | None, str | None]  # reward model, reward function
-    pairs: str
-    policy: str
-    held_out: str
-    gold: str
-    kl_coef: float
-    most_kl: float  # of settings that may be chosen
-    betas: dict[str, tuple]
-    length: int = 48  # tokens of the responses that are measured
-    lengths: str = ""
-    like: str = ""  # the task whose chosen settings are used
-    times: int = 1  # how many times the episodes of METHODS
-
-
-def example(folder, lengths="", **more) -> Task:
-    return Task(
-        dataset=f"{folder}/prompts.jsonl",
-        pairs=f"--dataset {folder}/preferences.jsonl{lengths}",
-        policy=f"{folder}/policy",
-        held_out=f"{folder}/prompts_test.jsonl",
-        lengths=lengths,
-        **more,
-    )
-
-
-def reviews(reward_model="examples/reviews/reward_model", times=1) -> Task:
-    return example(
-        "examples/reviews",
-        scoring=(reward_model, None),
-        gold="examples/reviews/sentiment.py:reward",
-        kl_coef=0.05,
-        most_kl=20.0,
-        betas=dict(spr=(0.3, 1.0, 3.0), dpo=(0.03, 0.1, 0.3)),
-        like="reviews",
-        times=times,
-    )
-
-
-RULE, SHARED = "examples/guess_and_check", "../shared"
-TASKS = dict(
-    reviews=reviews(),
-    rule=example(
-        RULE,
-        lengths=" --response-length 60",
-        scoring=(None, f"{RULE}/rule.py:reward"),
-        gold=f"{RULE}/rule.py:reward",
-        kl_coef=0.0,
-        most_kl=5.0,
-        betas=dict(spr=(0.1, 0.3, 1.0), dpo=(0.03, 0.1, 0.3)),
-        length=60,
-        like="rule",
-    ),
-    # Real text, which is not in the repository: a reward model of real preferences, judged by a counted sentiment.
-    imdb=Task(
-        dataset=f"{SHARED}/data/imdb_prompts.jsonl",
-        scoring=(f"{MADE}/reward_model_imdb", None),
-        lengths=" --max-prompt-length 32 --response-length 24",
-        pairs=f"--dataset {SHARED}/data/imdb_preferences.jsonl --response-length 96",
-        policy=f"{SHARED}/models/imdb-mini",
-        held_out=f"{SHARED}/data/imdb_preferences_8words.jsonl",
-        gold=f"{SHARED}/rewards/imdb_sentiment.py:reward",
-        kl_coef=0.05,
-        most_kl=20.0,
-        betas=dict(spr=(0.1,), dpo=(0.1,)),
-        length=24,
-        like="imdb",
-    ),
-)
-SHIFTS = {"reviews, rewards + 3.1": 3.1, "reviews, rewards + 9.3": 9.3}  # one and three standard deviations
-TASKS |= {task: reviews(f"{MADE}/reward_model_plus_{shift}") for task, shift in SHIFTS.items()}
-PAIRS = {"reviews for long, 300 pairs": 300, "reviews for long, 1000 pairs": 1000}
-TASKS |= {task: reviews(f"{MADE}/reward_model_of_{pairs}", times=3) for task, pairs in PAIRS.items()}
-TASKS["reviews for long, all pairs"] = reviews(times=3)
-
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 UPDATES = (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)  # after which a path is measured, where an update is a step
-# 6,400 generated responses, greedy ones included: 100 updates of 64, or 4 iterations of 1,600. Flags, then episodes.
-METHODS = {
-    "reinforce": ("reinforce.py --batch-size 64", 6400),
-    "rloo, N = 4": ("reinforce.py --baseline leave-one-out --num-samples 4 --batch-size 16", 1600),
-    "remax": ("remax.py --batch-size 32", 3200),
-    "remax, N = 3": ("remax.py --num-samples 3 --batch-size 16", 1600),
-    "remax, fitted": ("benchmark/fitted.py --batch-size 32", 3200),
-    "ppo, 1 epoch": ("ppo.py --num-epochs 1 --batch-size 64", 6400),
-    "ppo, 4 epochs": ("ppo.py --num-epochs 4 --batch-size 64", 6400),
-    "spr": ("spr.py --num-samples 8 --batch-size 200", 800),
-    "best-of-n": ("spr.py --weighting best-of-n --num-samples 8 --batch-size 200", 800),
-    "dpo": ("dpo.py", 0),
-}
-SIZES = {  # at the settings that were chosen for N = 8
-    "spr, N = 4": ("spr.py --num-samples 4 --batch-size 400", 1600),
-    "spr, N = 16": ("spr.py --num-samples 16 --batch-size 100", 400),
-    "best-of-n, N = 4": ("spr.py --weighting best-of-n --num-samples 4 --batch-size 400", 1600),
-    "best-of-n, N = 16": ("spr.py --weighting best-of-n --num-samples 16 --batch-size 100", 400),
-}
+ITERATIVE = ("spr.py", "spr_token.py", "dpo.py")  # few evaluations: all are measured
 
 
 @dataclass
 class Args:
     stage: Literal["tuning", "final"] = "tuning"
-    """The grid on the tuning seeds, or the chosen settings on fresh ones."""
+    """The grids on the tuning seeds, or the chosen settings on fresh ones."""
     tasks: tuple[str, ...] = ("reviews", "rule")
     """Names of TASKS."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Names of METHODS or SIZES."""
+    methods: tuple[str, ...] = tuple(method for method in METHODS if method != "remax, fitted")
+    """Names of METHODS or, in the final stage, of SIZES."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds of the final runs."""
     jobs: int = 2
@@ -152,22 +51,6 @@ class Args:
     """Run nothing, print the table of the final rows."""
     results: Path = RESULTS / "tuned.jsonl"
     """File that the results are appended to."""
-
-
-def command_of(task, method, rate, beta, seed) -> tuple[str, str]:
-    """-> script, flags."""
-    flags, episodes = (METHODS | SIZES)[method]
-    script, _, flags = flags.partition(" ")
-    where = TASKS[task]
-    model, function = where.scoring
-    reward = f"--reward-model {model}" if model else f"--reward-function {function}"
-    prompts = f"--total-episodes {episodes * where.times} --dataset {where.dataset} {reward}{where.lengths}"
-    words = ([flags] if flags else []) + [prompts if episodes else where.pairs]
-    words += [f"--kl-coef {where.kl_coef}"] if script not in ("spr.py", "dpo.py") else []
-    words += [f"--beta {beta}"] if beta else []
-    words += [f"--model {where.policy} --learning-rate {rate} --seed {seed}"]
-    words += [f"--eval-dataset {where.held_out}"] if episodes else []  # dpo.py's held-out rows are pairs of its data
-    return script, " ".join(words)
 
 
 # ---------------------------------------------------------------- One run
@@ -226,69 +109,82 @@ def watch(task, path, numbers, script, *flags) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(task, method, rate, beta, seed, tuning) -> dict:
-    script, flags = command_of(task, method, rate, beta, seed)
-    numbers = [TASKS[task].times * update for update in UPDATES]
-    every = 1_000_000 if tuning else 13 if script == "dpo.py" else 1
-    if tuning or script in ("spr.py", "dpo.py"):
-        numbers = []
-    with tempfile.TemporaryDirectory() as folder:
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import tuned; tuned.watch(*sys.argv[1:])"
-        words = [sys.executable, "-c", code, task, f"{folder}/points.jsonl", " ".join(map(str, numbers))]
-        words += [script, *flags.split(), "--eval-every", str(every), "--output-dir", f"{folder}/run"]
-        environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:  # such as a policy that has diverged
-            return dict(failed=done.stderr.strip().splitlines()[-1][-200:])
-        points, metrics = read_rows(Path(folder, "points.jsonl")), read_rows(Path(folder, "run", "metrics.jsonl"))
+def measure(run: Run, folder: Path) -> dict:
+    """Trains, and measures the policy at the evaluations: where it ends, and in a final run its path, too."""
+    numbers = [] if run.tuning or run.script in ITERATIVE else [TASKS[run.task].times * update for update in UPDATES]
+    every = 1_000_000 if run.tuning else 13 if run.script == "dpo.py" else 1
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import tuned; tuned.watch(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, run.task, f"{folder}/points.jsonl", " ".join(map(str, numbers))]
+    words += [run.script, *run.flags.split(), "--eval-every", str(every), "--output-dir", f"{folder}/run"]
+    environment = ENVIRONMENT | dict(HF_HUB_OFFLINE="1")
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        message = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][-200:]
+        if done.returncode != 1 or "not finite" not in message:
+            raise RuntimeError(f"{run.script} {run.flags}\n{done.stderr[-2000:]}")
+        return dict(failed=message)  # the policy has diverged, which is a result
+    points, metrics = read_rows(folder / "points.jsonl"), read_rows(folder / "run" / "metrics.jsonl")
     return points[-1] | dict(peak_memory_mb=round(metrics[-1]["peak_memory_bytes"] / 2**20), points=points)
-
-
-def make_reward_model(task) -> None:
-    """The example's reward model with all scores shifted, or one that has learned from other pairs."""
-    model = TASKS[task].scoring[0]
-    if not model or not model.startswith(MADE) or (ROOT / model).exists():
-        return
-    folder = ROOT / model
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if task in SHIFTS:
-        shutil.copytree(ROOT / "examples/reviews/reward_model", folder)
-        config = json.loads((folder / "config.json").read_text())
-        config["reward_mean"] -= SHIFTS[task]  # which is taken from every score
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        return
-    if task in PAIRS:
-        pairs = folder.with_suffix(".jsonl")
-        lines = (ROOT / "examples/reviews/preferences.jsonl").read_text().splitlines(keepends=True)
-        pairs.write_text("".join(lines[: PAIRS[task]]))
-        flags = ["--dataset", str(pairs), "--eval-size", "50"]
-    else:
-        flags = f"--dataset {SHARED}/data/imdb_preferences.jsonl --eval-size 400 --num-epochs 2".split()
-        flags += ["--learning-rate", "3e-4"]
-    with tempfile.TemporaryDirectory() as out:
-        words = [sys.executable, "reward_model.py", *flags, "--output-dir", out, "--model", TASKS[task].policy]
-        environment = os.environ | dict(OMP_NUM_THREADS="1")
-        subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
-        shutil.copytree(f"{out}/reward_model", folder)
 
 
 # ---------------------------------------------------------------- Which runs
 
 
-def grid(task, method) -> list[tuple]:
-    """(learning rate, β or None), all that are tried first."""
-    return list(itertools.product(RATES, TASKS[task].betas.get(method, [None])))
+def setting_of(row: dict) -> Setting:
+    """The learning rate, and the KL coefficient or β, of a row."""
+    kl_coef, beta = flag(row["flags"], "--kl-coef"), flag(row["flags"], "--beta")
+    return Setting(flag(row["flags"], "--learning-rate"), beta if kl_coef is None else kl_coef)
 
 
-def chosen(results, task, method) -> tuple:
-    """The setting with the highest mean gold reward of samples, of those whose KL stays below the task's limit."""
-    task, method, means = TASKS[task].like, method.split(",")[0] if method in SIZES else method, {}
-    for setting in grid(task, method):
-        rows = [row for row in results if row["tuning"] and (row["task"], row["method"]) == (task, method)]
-        rows = [row for row in rows if (row["learning_rate"], row["beta"]) == setting]
-        if len(rows) == 2 and not any("failed" in row or row["kl"] >= TASKS[task].most_kl for row in rows):
-            means[setting] = statistics.fmean(row["gold"] for row in rows)
-    return max(means, key=means.get)
+def tuning_step(results: list[dict], task: str, method: str) -> Step:
+    """What the rule of choice.py asks for next, or has chosen."""
+    ends = {}
+    for row in results:
+        if row["tuning"] and (row["task"], row["method"]) == (task, method):
+            gold, kl = row.get("gold", float("-inf")), row.get("kl", float("inf"))
+            ends[setting_of(row), row["seed"]] = Result(gold, kl)
+    return choice.next_step(ends, *grid(task, method), TASKS[task].most_kl)
+
+
+def tune(args: Args) -> None:
+    """Round by round: what the rule asks for depends on the rows of the round before."""
+    pairs = list(itertools.product(args.tasks, args.methods))
+    while True:
+        results = read_rows(args.results)
+        steps = {pair: tuning_step(results, *pair) for pair in pairs}
+        runs = [
+            run_of(task, method, setting, seed, tuning=True)
+            for (task, method), step in steps.items()
+            for setting, seed in step.missing
+        ]
+        if not runs:
+            break
+        run_missing(runs, measure, args.results, args.jobs, shown)
+    for (task, method), step in steps.items():
+        print(f"{task}, {method}: {step.chosen or 'no setting stays within the limit of KL'}")
+
+
+def chosen(results: list[dict], task: str, method: str) -> Setting:
+    """The tuned setting of the task and method, or of those that they take theirs from."""
+    like, base = TASKS[task].like, method.split(",")[0] if method in SIZES else method
+    setting = tuning_step(results, like, base).chosen
+    if setting is None:
+        sys.exit(f"{like}, {base}: no setting is chosen yet; run benchmark/tuned.py --stage tuning")
+    return setting
+
+
+def final_rows(results: list[dict], task: str, method: str) -> list[dict]:
+    """The final runs at the newest setting, without those that have failed."""
+    rows = [row for row in results if not row["tuning"] and (row["task"], row["method"]) == (task, method)]
+    return [row for row in rows if setting_of(row) == setting_of(rows[-1]) and "failed" not in row]
+
+
+def shown(row: dict) -> str:
+    end = row.get("failed") or f"gold {row['gold']:.2f}, KL {row['kl']:.1f}"
+    return f"{row['task']}, {row['method']}, {setting_of(row)}, seed {row['seed']}: {end}"
+
+
+# ---------------------------------------------------------------- The table
 
 
 def gold_at(points, kl) -> float:
@@ -313,52 +209,47 @@ def table(results, task) -> str:
     columns = dict(gold="gold reward", reward="reward", kl="KL", win_rate="win rate", greedy_gold="greedy gold")
     columns |= dict(length="tokens", cpu_seconds="CPU seconds", peak_memory_mb="peak MB")
     digits = dict(kl=1, length=1, cpu_seconds=0, peak_memory_mb=0)
-    titles = ["method", *columns.values(), "gold − ReMax's, at equal KL", "learning rate", "β"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    rows = [row for row in results if row["task"] == task and not row["tuning"] and "failed" not in row]
-    remax = [row for row in rows if row["method"] == "remax"]
-    for method in [None, *METHODS, *SIZES]:
-        group = [row for row in rows if row["method"] == method] if method else rows[:1]
-        if not group:
-            continue
-        ends = group if method else [rows[0]["points"][0] | dict(learning_rate=None, beta=None)]
-        cells = []
-        for name in columns:
-            values = [end[name] for end in ends if name in end]
-            spread = f" ± {statistics.stdev(values):.{digits.get(name, 2)}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.{digits.get(name, 2)}f}{spread}" if values else "")
-        cells += [lead(group, remax) if method not in (None, "remax") and min(len(group), len(remax)) > 1 else ""]
-        cells += [f"{ends[0][name]:g}" if ends[0][name] else "" for name in ("learning_rate", "beta")]
-        lines.append(f"| {f'{method} ({len(ends)} seeds)' if method else 'before'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    flags = {"--learning-rate": "learning rate", "--kl-coef": "KL coefficient", "--beta": "β"}
+    groups = {method: final_rows(results, task, method) for method in METHODS | SIZES}
+    groups = {method: rows for method, rows in groups.items() if rows}
+    remax = groups.get("remax", [])
+
+    def cells(title: str, ends: list[dict]) -> list[str]:
+        values = {name: [end[name] for end in ends if name in end] for name in columns}
+        return [title, *(with_spread(values[name], digits.get(name, 2)) for name in columns)]
+
+    lines = []
+    for method, rows in groups.items():
+        if not lines:
+            lines.append(cells("before", [rows[0]["points"][0]]) + [""] * (1 + len(flags)))
+        comparable = method != "remax" and min(len(rows), len(remax)) > 1
+        numbers = [flag(rows[0]["flags"], name) for name in flags]
+        line = cells(f"{method} ({len(rows)} seeds)", rows)
+        line.append(lead(rows, remax) if comparable else "")
+        line += ["" if number is None else f"{number:g}" for number in numbers]
+        lines.append(line)
+    return markdown_table(["method", *columns.values(), "gold − ReMax's, at equal KL", *flags.values()], lines)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    results = read_rows(args.results)
     if args.table:
+        results = read_rows(args.results)
         print("\n\n".join(f"{task}\n\n{table(results, task)}" for task in args.tasks))
         return
-    head = commit()
-    done = {(row["script"], row["flags"]) for row in results}
-    tuning = args.stage == "tuning"
-    todo = []
-    for task, method in itertools.product(args.tasks, args.methods):
+    for task in args.tasks:
         if not (ROOT / TASKS[task].held_out).exists():
             sys.exit(f"{task}: needs {TASKS[task].held_out}, development data that is not in this repository")
         make_reward_model(task)
-        settings = grid(task, method) if tuning else [chosen(results, task, method)]
-        seeds = (101, 102) if tuning else args.seeds
-        todo += [(task, method, *setting, seed) for seed, setting in itertools.product(seeds, settings)]
-    todo = [key for key in todo if command_of(*key) not in done]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(run, *key, tuning): key for key in todo}
-        for future in concurrent.futures.as_completed(runs):
-            names = ("task", "method", "learning_rate", "beta", "seed")
-            row = dict(zip(names, runs[future])) | dict(tuning=tuning, commit=head)
-            row |= dict(zip(("script", "flags"), command_of(*runs[future]))) | future.result()
-            append_row(args.results, row)
-            print({name: row.get(name) for name in (*names, "gold", "kl", "failed")}, flush=True)
+    if args.stage == "tuning":
+        tune(args)
+        return
+    results = read_rows(args.results)
+    runs = [
+        run_of(task, method, chosen(results, task, method), seed, tuning=False)
+        for task, method, seed in itertools.product(args.tasks, args.methods, args.seeds)
+    ]
+    run_missing(runs, measure, args.results, args.jobs, shown)
 
 
 if __name__ == "__main__":

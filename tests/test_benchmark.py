@@ -1,13 +1,18 @@
 """The benchmarks run, on a model of no size, and their numbers are consistent."""
 
+import dataclasses
+import itertools
 import json
 import re
 import sys
+import typing
 
 import pytest
 from conftest import ROOT, SCRIPTS, assert_ok, flags_of, run_script, together
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import choice  # noqa: E402
+import rows  # noqa: E402
 
 
 def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
@@ -31,9 +36,9 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
         assert sum(floor) == pytest.approx(row["floor_cpu_s"], abs=1e-3) and row["peak_rss_mb"] > 100
         # Nothing is as fast as a large product; the tiny model's products are far from it.
         assert 0 < row["product_cpu_s"] < row["floor_cpu_s"]
-    rows = {row["method"]: row for row in map(json.loads, (tmp_path / "variance").read_text().splitlines())}
-    assert len(rows) == 7 and rows["no baseline"]["ratio"] == 1 and all(row["ratio"] > 0 for row in rows.values())
-    assert rows["greedy, c = 1/2"]["ratio"] != rows["greedy (ReMax)"]["ratio"] != rows["batch mean"]["ratio"]
+    ratios = {row["method"]: row["ratio"] for row in rows.read_rows(tmp_path / "variance")}
+    assert len(ratios) == 7 and ratios["no baseline"] == 1 and all(ratio > 0 for ratio in ratios.values())
+    assert ratios["greedy, c = 1/2"] != ratios["greedy (ReMax)"] != ratios["batch mean"]
 
 
 def test_the_multiply_adds_of_an_update_are_those_of_its_matrix_products():
@@ -79,26 +84,215 @@ def test_the_fitted_baseline_is_least_squares_without_the_row():
     assert fitted_baselines(torch.tensor([0.0, 1, 2, 3]), same_B).tolist() == pytest.approx([2, 5 / 3, 4 / 3, 1])
 
 
-def test_the_setting_with_the_highest_gold_reward_below_the_limit_of_kl_is_chosen():
+@dataclasses.dataclass
+class Trial:
+    """A method's grid as choice.py sees it; gold reward and KL are functions of the setting and the seed."""
+
+    gold: typing.Callable
+    kl: typing.Callable = lambda rate, restraint, seed: 1.0
+    rates: tuple = (1, 2, 3)
+    restraints: tuple = (1, 2, 3)
+    most_kl: float = 5.0
+
+    def run(self):
+        """Follows the rule to its end -> the chosen setting, and the runs in their order."""
+        rates = choice.Axis((0, 1, 2, 3, 4, 5), self.rates)
+        restraints = choice.Axis((0, 1, 2, 3, 4, 5), self.restraints)
+        results = {}
+        while True:
+            step = choice.next_step(results, rates, restraints, self.most_kl)
+            if not step.missing:
+                return step.chosen, list(results)
+            for setting, seed in step.missing:
+                assert (setting, seed) not in results
+                results[setting, seed] = choice.Result(self.gold(*setting, seed), self.kl(*setting, seed))
+
+
+def near(rate, restraint):
+    """A gold reward that is highest at this setting."""
+    return lambda r, c, seed: -((r - rate) ** 2) - (c - restraint) ** 2
+
+
+def test_the_grid_runs_on_one_seed_and_its_four_best_settings_on_a_second():
+    chosen, runs = Trial(near(2, 2)).run()
+    assert chosen == (2, 2)
+    assert len(runs) == 9 + 4
+    assert {setting for setting, seed in runs if seed == choice.FIRST_SEED} == set(
+        itertools.product((1, 2, 3), repeat=2)
+    )
+    second = {setting for setting, seed in runs if seed == choice.SECOND_SEED}
+    assert (2, 2) in second and second < {(2, 2), (1, 2), (3, 2), (2, 1), (2, 3)}
+
+
+def test_the_mean_of_both_seeds_decides_among_the_four():
+    golds = {(2, 2): (0.9, 0.1), (2, 1): (0.8, 0.7), (1, 2): (0.7, 0.3), (3, 2): (0.6, 0.3), (1, 1): (0.5, 9.0)}
+
+    def gold(rate, restraint, seed):
+        first, second = golds.get((rate, restraint), (0.0, 9.0))
+        return first if seed == choice.FIRST_SEED else second
+
+    chosen, runs = Trial(gold, restraints=(0, 1, 2, 3)).run()
+    assert chosen == (2, 1)  # the fifth would have won on the second seed
+    assert ((1, 1), choice.SECOND_SEED) not in runs
+
+
+@pytest.mark.parametrize(
+    "best, most, count",
+    [((4, 2), (4, 2), 9 + 3 + 3), ((0, 0), (0, 0), 9 + 7), ((2, 4), (2, 4), 9 + 3 + 3), ((9, 9), (5, 5), 9 + 7 + 9)],
+)
+def test_a_grid_grows_as_long_as_the_best_setting_is_at_its_end(best, most, count):
+    """9 settings, then a row or a column or both at a time, until the best is inside or the scale ends."""
+    chosen, runs = Trial(near(*best)).run()
+    assert chosen == most
+    assert len([setting for setting, seed in runs if seed == choice.FIRST_SEED]) == count
+
+
+def test_a_setting_that_goes_too_far_on_either_seed_is_not_chosen():
+    def kl(rate, restraint, seed):
+        if (rate, restraint) == (2, 2):
+            return 5.0 if seed == choice.SECOND_SEED else 4.9  # the limit itself is too far
+        return 5.1 if rate == 3 else 1.0
+
+    chosen, runs = Trial(near(2.2, 2), kl=kl, rates=(0, 1, 2, 3)).run()
+    assert chosen == (2, 1)
+    assert len([setting for setting, seed in runs if seed == choice.SECOND_SEED]) == 5  # the next one took its place
+    assert not [setting for setting, seed in runs if seed == choice.SECOND_SEED and setting.learning_rate == 3]
+
+
+def test_where_all_go_too_far_the_grid_grows_to_slower_and_nearer_settings():
+    chosen, runs = Trial(near(2, 2), kl=lambda rate, restraint, seed: 9.0 if rate > 0 else 1.0).run()
+    assert chosen is not None and chosen.learning_rate == 0
+    chosen, runs = Trial(near(2, 2), kl=lambda *_: float("inf")).run()  # all diverge
+    assert chosen is None
+
+
+def test_rows_of_the_results_decide_what_is_run_next():
+    """By the flags of the rows; a method without a restraint has learning rates alone; failed runs are too far."""
+    import tasks
     import tuned
 
-    def row(rate, seed, gold, kl, **more):
-        names = dict(task="rule", method="remax", learning_rate=rate, beta=None, seed=seed, tuning=True)
-        return names | dict(gold=gold, kl=kl) | more
+    def row(rate, seed, gold, kl=1.0, **more):
+        run = tasks.run_of("rule", "best-of-n", choice.Setting(rate, None), seed, tuning=True)
+        return run.row("abc", gold=gold, kl=kl) | more
 
-    rows = [row(1e-4, 101, 0.5, 1.0), row(1e-4, 102, 0.6, 1.0), row(3e-4, 101, 0.7, 1.0), row(3e-4, 102, 0.6, 4.9)]
-    rows += [
-        row(1e-3, 101, 0.9, 1.0),
-        row(1e-3, 102, 0.9, 5.1),
-        row(3e-3, 101, 0.9, 1.0),
-        row(3e-3, 102, 0, 0, failed=""),
-    ]
-    assert tuned.chosen(rows, "rule", "remax") == (3e-4, None)
-    assert tuned.chosen([r | dict(kl=1.0) for r in rows], "rule", "remax") == (1e-3, None)
-    assert tuned.chosen(rows[:4] + rows[4:5] + [row(3e-4, 1, 9, 1) | dict(tuning=False)], "rule", "remax") == (
-        3e-4,
-        None,
+    rows = [row(1e-4, 101, 0.5), row(3e-4, 101, 0.7), row(1e-3, 101, 0.9, kl=5.1)]
+    assert tuned.tuning_step(rows, "rule", "best-of-n").missing == [((3e-3, None), 101)]
+    failed = row(3e-3, 101, 9.0)
+    del failed["gold"], failed["kl"]
+    rows.append(failed | dict(failed="the policy's logits are not finite"))
+    step = tuned.tuning_step(rows, "rule", "best-of-n")
+    assert step.missing == [((3e-4, None), 102), ((1e-4, None), 102)]
+    rows += [row(1e-4, 102, 0.5), row(3e-4, 102, 0.6)]
+    rows += [row(1e-4, 1, 9.0) | dict(tuning=False), row(1e-4, 101, 9.0) | dict(task="reviews")]
+    assert tuned.chosen(rows, "rule", "best-of-n") == tuned.chosen(rows, "rule", "best-of-n, N = 4") == (3e-4, None)
+    with pytest.raises(SystemExit, match="rule, spr: no setting is chosen yet"):
+        tuned.chosen(rows, "rule", "spr, N = 16")
+
+
+def test_every_method_has_a_grid_of_three_or_more_values_and_its_flags_are_the_script_s():
+    import tasks
+    import tuned
+
+    for task, method in itertools.product(("reviews", "rule"), tasks.METHODS):
+        rates, restraints = tasks.grid(task, method)
+        assert len(rates.values) >= 3
+        assert len(restraints.values) >= 3 or method == "best-of-n"
+        setting = choice.Setting(rates.values[0], restraints.values[-1])
+        row = tasks.run_of(task, method, setting, 101, tuning=True).row("abc")
+        assert tuned.setting_of(row) == setting
+        module = row["script"].removesuffix(".py")
+        if module in SCRIPTS:
+            flags = re.findall(r" --([a-z0-9-]+)", f" {row['flags']}")
+            missing = {flag.replace("-", "_") for flag in flags} - flags_of(module).keys()
+            assert missing <= {"lora_rank"}, row["flags"]
+
+
+def test_the_newest_final_setting_is_the_one_that_tables_show():
+    import tasks
+    import tuned
+
+    def row(kl_coef, seed, **more):
+        setting = choice.Setting(1e-3, kl_coef)
+        return tasks.run_of("reviews", "remax", setting, seed, tuning=False).row("abc", **more)
+
+    rows = [row(0.05, 1), row(0.05, 2), row(0.2, 1), row(0.2, 2, failed="…"), row(0.2, 3)]
+    assert tuned.final_rows(rows, "reviews", "remax") == [rows[2], rows[4]]
+    assert tuned.final_rows(rows, "rule", "remax") == []
+
+
+@dataclasses.dataclass
+class Measured:
+    """A measure for run_missing that notes what it was asked for."""
+
+    calls: list = dataclasses.field(default_factory=list)
+    bad: str = ""
+
+    def __call__(self, run, folder):
+        assert folder.is_dir() and not list(folder.iterdir())
+        (folder / "run").mkdir()
+        self.calls.append(run.flags)
+        if run.flags == self.bad:
+            raise RuntimeError(run.flags)
+        return dict(number=len(self.calls))
+
+
+def test_rows_that_are_there_are_not_measured_again_and_an_error_keeps_those_before_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    runs = [rows.Run("t", "m", "remax.py", f"--seed {seed}", seed) for seed in (1, 2, 3, 4)]
+    monkeypatch.setattr(rows, "commit", lambda: "abc1234")
+    with pytest.raises(RuntimeError, match="--seed 3"):
+        rows.run_missing(runs, Measured(bad="--seed 3"), path)
+    assert [row["seed"] for row in rows.read_rows(path)] == [1, 2]
+    again = Measured()
+    made = rows.run_missing(runs + runs[:1], again, path, jobs=2, show=lambda row: f"made {row['seed']}")
+    assert sorted(again.calls) == ["--seed 3", "--seed 4"]
+    assert [row["seed"] for row in made] == [1, 2, 3, 4]
+    assert "made 3" in capsys.readouterr().out
+    keys = dict(task="t", method="m", script="remax.py", flags="--seed 1", seed=1, tuning=False, commit="abc1234")
+    assert rows.read_rows(path)[0] == keys | dict(number=1)
+
+
+def test_means_have_the_spread_of_their_seeds_and_tables_are_markdown():
+    assert rows.mean_and_spread([1, 2, 6]) == (3, pytest.approx(7**0.5))
+    assert rows.with_spread([1, 2, 6], 1) == "3.0 ± 2.6"
+    assert rows.with_spread([0.125], 3) == "0.125"
+    assert rows.with_spread([]) == ""
+    assert rows.markdown_table(["a", "b"], [["1", ""], ["2", "3"]]) == "| a | b |\n|---|---|\n| 1 |  |\n| 2 | 3 |"
+    assert rows.flag("--beta 0.3 --kl-coef 1e-2", "--kl-coef") == 0.01 and rows.flag("--beta 1", "--kl-coef") is None
+
+
+def test_a_script_that_fails_is_told_and_makes_no_row(tmp_path):
+    import tuned
+
+    run = rows.Run("rule", "remax", "remax.py", "--no-such-flag 1")
+    for measure in (rows.run_script, tuned.measure):
+        with pytest.raises(RuntimeError, match="no-such-flag"):
+            measure(run, tmp_path)
+
+
+def test_normalised_advantages_have_mean_0_and_deviation_1_over_all_real_tokens(tmp_path):
+    import torch
+    from normalised import normalised
+
+    mask_BT = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    advantages_BT = torch.tensor([[1.0, 2.0, 99.0], [3.0, 99.0, 99.0], [4.0, 5.0, 9.0]])
+    scaled_BT = normalised(advantages_BT, mask_BT)
+    mean, deviation = 4.0, (40 / 6) ** 0.5  # of 1, 2, 3, 4, 5 and 9
+    assert scaled_BT[mask_BT == 1].tolist() == pytest.approx([(x - mean) / deviation for x in (1, 2, 3, 4, 5, 9)])
+    assert (scaled_BT[mask_BT == 0] == 0).all()
+    (tmp_path / "letters.py").write_text(
+        "def reward(prompts, responses, **columns): return [float(len(r)) for r in responses]\n"
+        "def affine(prompts, responses, **columns): return [10.0 * len(r) + 7 for r in responses]\n"
     )
+    flags = "--response-length 6 --eval-every 0 --kl-coef 0 --batch-size 8 --total-episodes 16".split()
+    losses = {}
+    for name in ("reward", "affine"):
+        more = ["--reward-function", f"{tmp_path / 'letters.py'}:{name}", "--output-dir", tmp_path / name]
+        assert_ok(run_script("benchmark/normalised.py", *flags, *more, "--micro-batch-size", 8))
+        losses[name] = [row["loss"] for row in rows.read_rows(tmp_path / name / "metrics.jsonl")]
+    assert len(losses["reward"]) == 2 and losses["affine"] == pytest.approx(losses["reward"], rel=1e-3)
+    result = run_script("benchmark/normalised.py", *flags, "--micro-batch-size", 4)
+    assert result.returncode == 2 and "holds all rows of an update" in result.stderr
 
 
 def test_gold_rewards_are_compared_at_equal_kl():
@@ -130,8 +324,7 @@ def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert re.search(r"\| spr \| 16 \| \d+ \| \d+, \d+ \| 1\.000 \|", out)
     assert "| 8 | 3 | yes |" in out and "| batch_size | 2: " in out
-    rows = [json.loads(line) for line in (tmp_path / "s").read_text().splitlines()]
-    assert [row["batch_size"] for row in rows] == [2, 4]
+    assert [row["batch_size"] for row in rows.read_rows(tmp_path / "s")] == [2, 4]
 
 
 @pytest.mark.slow
@@ -150,10 +343,12 @@ def test_spr_s_two_algorithms_make_rows_and_a_table(tmp_path, monkeypatch, capfd
 
 @pytest.mark.slow
 def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_numbers(tmp_path, monkeypatch, capfd):
+    import tasks
     import tuned
 
-    monkeypatch.setattr(tuned, "METHODS", dict(remax=("remax.py --batch-size 8", 16)))
-    monkeypatch.setattr(tuned, "RATES", (1e-4, 1e-3))
+    monkeypatch.setitem(tasks.METHODS, "remax", tasks.Method("remax.py --batch-size 8", 16))
+    monkeypatch.setattr(tasks.TASKS["rule"], "rates", choice.Axis((1e-4, 1e-3), (1e-4, 1e-3)))
+    monkeypatch.setitem(tasks.TASKS["rule"].restraints, "kl-coef", choice.Axis((0.0, 0.05), (0.0, 0.05)))
     flags = ["tuned.py", "--tasks", "rule", "--methods", "remax"]
     for path, more in (
         (tmp_path / "a", []),
@@ -162,15 +357,16 @@ def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_num
     ):
         monkeypatch.setattr(sys, "argv", [*flags, *more, "--results", str(path)])
         tuned.main()
-    a, b = ([json.loads(line) for line in path.read_text().splitlines()] for path in (tmp_path / "a", tmp_path / "b"))
+    a, b = rows.read_rows(tmp_path / "a"), rows.read_rows(tmp_path / "b")
 
     def numbers(row):
         seconds = ("cpu_seconds", "peak_memory_mb", "points", "commit")
         return {name: value for name, value in row.items() if name not in seconds}
 
-    assert sorted(map(str, map(numbers, a))) == sorted(map(str, map(numbers, b[:4])))
-    assert len({row["flags"] for row in b}) == 5 and [row["tuning"] for row in b] == [True] * 4 + [False]
-    assert b[4]["points"][0]["kl"] == pytest.approx(0, abs=1e-4) and b[4]["points"][0]["win_rate"] == 0.5
+    assert sorted(map(str, map(numbers, a))) == sorted(map(str, map(numbers, b[:8])))
+    assert len({row["flags"] for row in b}) == 9 and [row["tuning"] for row in b] == [True] * 8 + [False]
+    assert {row["seed"] for row in b} == {101, 102, 1}
+    assert b[8]["points"][0]["kl"] == pytest.approx(0, abs=1e-4) and b[8]["points"][0]["win_rate"] == 0.5
     monkeypatch.setattr(sys, "argv", [*flags, "--table", "--results", str(tmp_path / "b")])
     tuned.main()
     assert "| remax (1 seeds) |" in capfd.readouterr().out
