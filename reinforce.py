@@ -190,10 +190,17 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
-    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
-    rewards = dict(reward=common.Reward(*scoring, backend, prompts[0]))
+    reward = common.Reward(
+        model=args.reward_model,
+        function=args.reward_function,
+        missing_eos_penalty=args.missing_eos_penalty,
+        backend=backend,
+        prompt=prompts[0],
+        micro_batch_size=args.micro_batch_size,
+    )
+    rewards = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
+        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
     def load_policy(path, backend):  # section 7 reads it once more, on the CPU

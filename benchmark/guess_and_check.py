@@ -76,7 +76,7 @@ def run(script: str, flags: str, folder: Path) -> dict:
 def measure(path: Path) -> dict:
     """Of 8 sampled responses and the greedy one to each held-out question."""
     os.chdir(ROOT)
-    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60, micro_batch_size=100)
+    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60)
     backend = common.start_processes(flags)
     tokenizer = common.load_tokenizer(flags.model)
     sampling = common.Sampling(64, 60, 1.0, 900)
@@ -85,7 +85,7 @@ def measure(path: Path) -> dict:
         for folder in (path, flags.model)
     )
     prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
-    reward = common.Reward(None, f"{EXAMPLE}/rule.py:reward", 0.0, backend)
+    reward = common.Reward(function=f"{EXAMPLE}/rule.py:reward")
     common.set_seed(0)
     responses = common.rollout(policy, prompts, num_samples=8, greedy=True)
     sampled = responses[: 8 * len(prompts)]

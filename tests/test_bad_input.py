@@ -440,7 +440,7 @@ REWARD_MODELS = {
     gpt2: "has no weights for score.weight",  # a language model
     few_reward_tokens: "tokens",
     bert_classifier: "has no linear head",
-    two_labels: "could be loaded",
+    two_labels: "has 2 outputs",
     without_eos: "EOS token",
     no_reward_tokenizer: "tokenizer",
     truncated: "no model could be loaded",

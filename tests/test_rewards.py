@@ -19,7 +19,7 @@ def responses(texts, ended=None, prompts=("Well", "The plot"), columns=None) -> 
 
 def reward_file(tmp_path, code: str, penalty=0.0) -> common.Reward:
     (tmp_path / "f.py").write_text(code)
-    return common.Reward(None, f"{tmp_path}/f.py:reward", penalty, start_backend())
+    return common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=penalty)
 
 
 def test_functions_get_prompts_responses_and_columns_row_by_row(tmp_path):
@@ -75,7 +75,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     config = dict(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1)
     config = transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1, pad_token_id=pad, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
-    model.score.__class__ = common.ScalarHead
+    model.score = common.ScalarHead(model.score.weight)
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
     found = common.LastTokenScore(model).eval()(*common.pad(rows, "right", torch.device("cpu")))
     for score, row in zip(found, rows, strict=True):
@@ -86,7 +86,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
 def test_scores_are_float32_whatever_the_model_computes_in():
     """Scores near 6 that differ by 1/100, which bfloat16 would round away."""
     head = torch.nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
-    head.__class__ = common.ScalarHead
+    head = common.ScalarHead(head.weight)
     head.weight.data[:] = torch.tensor([6.0, 0.01, 0.0, 0.0])
     scores_B = head(torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0]], dtype=torch.bfloat16))
     assert scores_B.dtype == torch.float32 and 0.009 < scores_B.diff() < 0.011
@@ -119,7 +119,7 @@ def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_pa
         model.config.reward_mean = mean
         model.save_pretrained(tmp_path / "rm")
         other.save_pretrained(tmp_path / "rm")
-        found = common.Reward(str(tmp_path / "rm"), None, 0.0, start_backend())(responses(texts))
+        found = common.Reward(str(tmp_path / "rm"), backend=start_backend(), micro_batch_size=2)(responses(texts))
         for score, prompt, response in zip(found, ["Well", "The plot"] * 2, texts, strict=True):
             ids = torch.tensor([[*other(prompt + response)["input_ids"], 0]])
             with torch.no_grad():

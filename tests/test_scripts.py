@@ -413,9 +413,9 @@ def test_broken_preferences_of_the_development_data(tokenizer, capsys):
 
 def test_metrics_and_calibration():
     rows = [dict(reward=r, length=n) for r, n in ((2.0, 1), (0.0, 3), (1.0, 2), (1.0, 2), (0.0, 4), (3.0, 0))]
-    metrics = reward_model.evaluation_metrics(rows)
+    metrics = common.pair_metrics(rows)
     assert metrics["eval_accuracy"] == 0.5 and metrics["eval_margin"] == pytest.approx(-1 / 3)
     assert metrics["eval_length_correlation"] < -0.8
-    table = reward_model.calibration_table(rows).splitlines()
+    table = common.calibration_table(rows).splitlines()
     assert table[1].split() == ["0.5", "to", "0.6", "1", "0.50", "0.00"] and len(table) == 6
     assert table[4].split()[3:] == ["1", "0.88", "1.00"] and table[5].split()[3:] == ["1", "0.95", "0.00"]
