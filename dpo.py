@@ -123,7 +123,7 @@ def preference_loss(chosen_log_ratios_B, rejected_log_ratios_B, beta):
 
 @dataclass
 class Pair:
-    """A prompt, its chosen and its rejected response, and the token ids of each response, EOS included."""
+    """A prompt, its chosen and its rejected response: their texts, and the token ids that `scores` takes."""
 
     prompt: common.Prompt
     responses: tuple[str, str]

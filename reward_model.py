@@ -128,7 +128,7 @@ print(model(**ids).logits.item() - model.config.reward_mean)  # held-out chosen 
 
 @dataclass
 class Pair:
-    """A prompt, its chosen and its rejected response, and the token ids that the model reads for each."""
+    """A prompt, its chosen and its rejected response: their texts, and the token ids that `scores` takes."""
 
     prompt: common.Prompt
     responses: tuple[str, str]
@@ -209,10 +209,9 @@ def main() -> None:
 
     # 2. Models: a language model that gets a new head, or a reward model, which keeps its own
     classifier, _ = common.load_classifier(args.model, backend, new_head=True)
-    head_1D = classifier.score.weight
-    if not head_1D.any():  # it is new, so it is 0
+    if not classifier.score.weight.any():  # a new head is 0
         torch.manual_seed(args.seed)
-        torch.nn.init.normal_(head_1D, std=(head_1D.shape[1] + 1) ** -0.5)
+        torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.weight.shape[1] + 1) ** -0.5)
     model = common.train_engine(common.LastTokenScore(classifier), backend, args.max_grad_norm)
 
     def load_model(path, backend):

@@ -256,16 +256,16 @@ def main() -> None:
 
     # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
+    scoring = dict(
+        model=args.reward_model,
+        function=args.reward_function,
+        missing_eos_penalty=args.missing_eos_penalty,
+        prompt=prompts[0],
+        micro_batch_size=args.micro_batch_size,
+    )
 
     def load_reward():
-        return common.Reward(
-            model=args.reward_model,
-            function=args.reward_function,
-            missing_eos_penalty=args.missing_eos_penalty,
-            backend=whole,
-            prompt=prompts[0],
-            micro_batch_size=args.micro_batch_size,
-        )
+        return common.Reward(backend=whole, **scoring)
 
     load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
     rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
