@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 import typing
 import warnings
 import zlib
@@ -462,7 +461,7 @@ class UserFunction:
         if not path.endswith(".py") or not Path(path).is_file():
             fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
         with shows_errors(spec):
-            self.file = read_user_file(Path(path).resolve())
+            self.file = user_file(Path(path).resolve())
         self.function = getattr(self.file.module, name, None)
         if not callable(self.function):
             fail(f"{spec}: the file has no function {name!r}")
@@ -489,7 +488,8 @@ class UserFunction:
         A name that is taken gets an underscore: two arguments of one name cannot be passed.
         """
         with shows_errors(self.spec):
-            taken = list(inspect.signature(self.function).parameters)[:2]  # prompts and responses, by any names
+            first_two = list(inspect.signature(self.function).parameters.values())[:2]  # prompts, responses
+        taken = [parameter.name for parameter in first_two if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         found = {}
         if any(prompt.messages for prompt in prompts):
             found["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
@@ -522,71 +522,63 @@ def as_floats(scores) -> list[float]:
     return floats
 
 
-@dataclasses.dataclass
-class TorchSettings:
-    """How torch makes new tensors."""
-
-    dtype: torch.dtype
-    device: torch.device
-    grad: bool
-
-    @staticmethod
-    def now() -> "TorchSettings":
-        return TorchSettings(torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
-
-    def use(self):
-        torch.set_default_dtype(self.dtype)
-        torch.set_grad_enabled(self.grad)
-        if self.device != torch.get_default_device():
-            # None stands for the CPU: a default device, even the CPU, makes each call of torch slower.
-            torch.set_default_device(None if self.device.type == "cpu" else self.device)
-
-
-@dataclasses.dataclass
 class UserFile:
-    """A Python file of the user's, as a module, and the settings of torch that it has made."""
-
-    module: types.ModuleType
-    settings: TorchSettings
-
-    @contextlib.contextmanager
-    def own_settings(self) -> Iterator[None]:
-        """The file's settings inside; outside, everything is as before: settings and random numbers."""
-        ours = TorchSettings.now()
-        python_state = random.getstate()
-        numpy_state = np.random.get_state()
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
-            self.settings.use()
-            try:
-                yield
-            finally:
-                self.settings = TorchSettings.now()
-                ours.use()
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)
-
-
-@functools.cache  # a file is read once, also where two flags name it: its functions share what it keeps
-def read_user_file(path: Path) -> UserFile:
-    """The file as a module that stays: process pools and pickle find its functions and classes by the module's name.
+    """A Python file of the user's as a module that stays: process pools and pickle find its functions by its name.
 
     The module has the name of its file, so that new processes can import it, too. If another module has that name, it
     gets a name that only this process knows; pools then work as long as they fork.
     """
-    sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
-    name = path.stem
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
-        name = f"{name}_{zlib.crc32(bytes(path)):08x}"
-        spec = importlib.util.spec_from_file_location(name, path)
-    if name in sys.modules:
-        return UserFile(sys.modules[name], TorchSettings.now())
-    file = UserFile(importlib.util.module_from_spec(spec), TorchSettings.now())
-    sys.modules[name] = file.module  # dataclasses look themselves up here
-    with file.own_settings():
-        spec.loader.exec_module(file.module)
-    return file
+
+    def __init__(self, path: Path):
+        sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
+        name = path.stem
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
+            name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
+            spec = importlib.util.spec_from_file_location(name, path)
+        self.settings = torch_settings()
+        if name not in sys.modules:  # else it is one of our own files
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # now, since dataclasses look themselves up there
+            with self.own_settings():
+                spec.loader.exec_module(sys.modules[name])
+        self.module = sys.modules[name]
+
+    @contextlib.contextmanager
+    def own_settings(self) -> Iterator[None]:
+        """The file's settings of torch inside; outside, they and the random numbers to come are as before."""
+        ours = torch_settings()
+        python_state = random.getstate()
+        numpy_state = np.random.get_state()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            use_torch_settings(**self.settings)
+            try:
+                yield
+            finally:
+                self.settings = torch_settings()
+                use_torch_settings(**ours)
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
+
+
+user_file = functools.cache(UserFile)  # read once, also where two flags name it: its functions share what it keeps
+
+
+def torch_settings() -> dict:
+    """How torch makes new tensors."""
+    return dict(
+        dtype=torch.get_default_dtype(),
+        device=torch.get_default_device(),
+        grad=torch.is_grad_enabled(),
+    )
+
+
+def use_torch_settings(dtype, device, grad):
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    if device != torch.get_default_device():
+        # None stands for the CPU: a default device, even the CPU, makes each call of torch slower.
+        torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@ r"""A Bradley-Terry reward model, trained on pairs of responses of which one was
     loss  =  mean over pairs of  −log σ(r(x, y_w) − r(x, y_l))
 
 (SPR, NeurIPS 2024 FITML workshop, eq. 22). The model is a language model (start from the SFT model) with a scalar head,
-read at the last real token. It reads prompt + response + EOS, here and where remax.py scores with it. Only differences
-of scores are learned, so afterwards the mean score of the held-out chosen responses is stored (config.reward_mean) as
-the zero of all later scores.
+read at the last real token; a reward model goes on from its own head. It reads prompt + response + EOS, here and where
+remax.py scores with it. Only differences of scores are learned, so afterwards the mean score of the held-out chosen
+responses is stored (config.reward_mean) as the zero of all later scores.
 
 What to look at while it trains: held-out accuracy and margin; the spread of the scores; and their correlation with the
 responses' length, since a model that merely likes long answers is the commonest failure. The last lines are a
