@@ -709,7 +709,7 @@ def load_tokenizer(path):
     return tokenizer
 
 
-HEADS = ("score", "classifier", "reward_head", "value_head", "v_head")  # their names in the files of reward models
+HEADS = ("score.", "classifier.", "reward_head.", "value_head.", "v_head.")  # how reward models' files name them
 
 
 def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
@@ -726,6 +726,7 @@ def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
     if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
     if new_head and "score.weight" in info["missing_keys"]:
+        print(f"{path}: has no head `score`, so it gets a new one")
         nn.init.zeros_(model.score.weight)
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or max_length
@@ -748,7 +749,7 @@ def check_head(path, auto_class, info):
         if name == "score.weight":
             fail(f"{path}: its head `score` has {found[0]} outputs; a reward model has one")
         fail(f"{path}: {name} has the shape {tuple(found)}; its config.json says {tuple(expected)}")
-    heads = sorted(name for name in info["unexpected_keys"] if name.startswith(tuple(f"{head}." for head in HEADS)))
+    heads = sorted(name for name in info["unexpected_keys"] if name.startswith(HEADS))
     if heads and auto_class is transformers.AutoModelForCausalLM and heads[0].startswith("score."):
         fail(f"{path}: is a reward model; expected a language model")
     if heads and auto_class is transformers.AutoModelForSequenceClassification:

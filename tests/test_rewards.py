@@ -80,10 +80,11 @@ def test_a_function_cannot_change_the_responses(tmp_path):
     assert batch.texts == ["x", "y"]
 
 
-@pytest.mark.parametrize("name", ["f", "common", "json", "my-reward", "v1.2"])
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-def test_process_pools_and_pickle_find_what_the_file_defines(tmp_path, name, start):
-    """New processes import the file by its name, so that must be the file's own; forked ones have it already."""
+TAKEN = ("common", "json", "my-reward", "v1.2")  # a new process cannot import a file by these names
+
+
+@pytest.mark.parametrize("start, name", [("spawn", "a"), ("forkserver", "b"), *(("fork", name) for name in TAKEN)])
+def test_process_pools_and_pickle_find_what_the_file_defines(tmp_path, start, name):
     code = f"""
 from __future__ import annotations
 import dataclasses, multiprocessing, pickle
@@ -99,10 +100,8 @@ def reward(prompts, responses):
         verdicts = list(pool.map(judge, responses))
     return [pickle.loads(pickle.dumps(verdict)).score for verdict in verdicts]
 """
-    if start != "fork":
-        if name != "f":
-            pytest.skip("a new process cannot import a file by a name that is taken")
-        name = f"judge_{start}_{tmp_path.name}"  # a name that no test has used
+    if name not in TAKEN:
+        name = f"judge_{name}_{tmp_path.name}"  # no other test's module has this name
     (tmp_path / f"{name}.py").write_text(code)
     reward = common.Reward(function=f"{tmp_path}/{name}.py:reward")
     assert reward(responses(["a", "bbb"])).tolist() == [1.0, 3.0]

@@ -413,7 +413,7 @@ def test_broken_preferences_of_the_development_data(tokenizer, capsys):
         assert dropped in capsys.readouterr().out
 
 
-def test_a_reward_model_goes_on_from_its_own_head(tmp_path):
+def test_a_reward_model_goes_on_from_its_own_head(tmp_path, capsys):
     """Its held-out accuracy and scores at update 0 are the given model's own; a shifted mean is measured again."""
     given = tmp_path / "given"
     shutil.copytree(EXAMPLE / "reward_model", given)
@@ -421,6 +421,7 @@ def test_a_reward_model_goes_on_from_its_own_head(tmp_path):
     (given / "config.json").write_text(json.dumps(config | dict(reward_mean=config["reward_mean"] + 100)))
     flags = "--total-episodes 64 --batch-size 32 --eval-size 100 --learning-rate 1e-5".split()
     assert run_here("reward_model", "--model", given, *EXAMPLE_PAIRS, *flags, "--output-dir", tmp_path / "r") == 0
+    assert "new one" not in capsys.readouterr().out
 
     first, *_, last = read_metrics(tmp_path / "r")
     rows = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
