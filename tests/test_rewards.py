@@ -143,9 +143,8 @@ def reward(prompts, responses):
     return [100 + len(response) / 100 for response in responses]
 """)
     batch = responses(["a", "bb", "ccc", "dddd"], [True, True, True, False])
-    reward = common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=0.25)
-    for _ in range(2):
-        rewards_B = reward(batch)
+    for _ in range(2):  # the file is read once: its settings outlive the first of two rewards that use it
+        rewards_B = common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=0.25)(batch)
         assert rewards_B.dtype == torch.float32 and rewards_B.device.type == "cpu"
         assert rewards_B.tolist() == torch.tensor([100.01, 100.02, 100.03, 99.79]).tolist()
         now = (torch.get_default_dtype(), torch.get_default_device().type, torch.is_grad_enabled())
