@@ -11,14 +11,19 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import decimal
+import functools
 import gc
+import importlib.util
+import inspect
 import io
 import json
 import logging
 import math
+import numbers
 import os
+import random
 import resource
-import runpy
 import shutil
 import signal
 import sys
@@ -26,9 +31,11 @@ import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -346,8 +353,8 @@ def values(value, rows: Responses):
 def all_logprobs(policy, rows: Responses, micro_batch_size):
     """`logprobs` of any number of rows, without gradients -> logprobs_BT."""
     logprobs_BT = torch.zeros(rows.tokens_BT.shape, device=policy.device)
-    for numbers, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
-        logprobs_BT[numbers] = logprobs(policy, rows[numbers])
+    for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
+        logprobs_BT[some] = logprobs(policy, rows[some])
     return logprobs_BT
 
 
@@ -356,9 +363,9 @@ def all_values(value, rows: Responses, micro_batch_size):
     """`values` of any number of rows, without gradients -> values_BT."""
     order = []
     parts = []
-    for numbers, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
-        order += numbers
-        parts.append(values(value, rows[numbers]))
+    for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
+        order += some
+        parts.append(values(value, rows[some]))
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
@@ -423,8 +430,12 @@ class TokenLogprobs(nn.Module):
         return torch.cat(parts).view(-1, num_tokens)
 
 
-class ScalarHead(nn.Linear):
-    """The head of a reward or value model, in float32: in bfloat16 a score of 5 has steps of 1/32."""
+class ScalarHead(nn.Module):
+    """A linear head with one output, computed in float32: in bfloat16 a score of 5 has steps of 1/32."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (1, D), under the name that it has in the model's files
 
     def forward(self, hidden_BD):
         return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
@@ -484,90 +495,210 @@ def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[in
 
 
 class Reward:
-    """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty."""
+    """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty.
 
-    def __init__(self, model, function, missing_eos_penalty, backend, prompt: Prompt | None = None):
+    `model`: a folder or hub name. `function`: file.py:name, which takes its place. `micro_batch_size`: rows that a
+    reward model reads at once. `prompt`: one that the function is tried on.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        function=None,
+        missing_eos_penalty=0.0,
+        backend=None,
+        prompt: Prompt | None = None,
+        micro_batch_size=1,
+    ):
         if not model and not function:
             fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
-        self.backend = backend
-        self.function = function_from_file(function) if function else None
+        self.micro_batch_size = micro_batch_size
+        self.function = UserFunction(function) if function else None
         if not function:
             classifier, self.tokenizer = load_classifier(model, backend)
             zero = getattr(classifier.config, "reward_mean", 0.0)
             self.scorer = freeze(ScalarOutputs(classifier, zero), backend)
+            self.device = backend.device
         elif prompt:
             self.scores([prompt], [""])  # an error in the function shows now, not after the first rollout
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
-        scores = self.scores(responses.prompts, list(responses.texts))
-        rewards_B = torch.tensor(scores, device=responses.ended_B.device)
-        return rewards_B - self.missing_eos_penalty * ~responses.ended_B
+        rewards_B = self.scores(responses.prompts, responses.texts).to(responses.ended_B.device)
+        rewards_B[~responses.ended_B] -= self.missing_eos_penalty
+        return rewards_B
 
-    def scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        """One finite number per response."""
-        scores = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
-        if len(scores) != len(prompts):
-            fail(f"{self.name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
-        for score, text in zip(scores, texts):
-            if not abs(score) < torch.finfo(torch.float32).max:  # nor NaN
-                fail(f"{self.name} returned {score} for the response {text!r}", status=1)
-        return scores
-
-    def function_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        names = {name for prompt in prompts for name in prompt.columns}
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        if any(prompt.messages for prompt in prompts):
-            columns["messages"] = [prompt.messages for prompt in prompts]
-        with shows_traceback(self.name, f" (columns: {', '.join(columns) or 'none'})"):
-            scores = self.function([prompt.text for prompt in prompts], texts, **columns)
-            scores = list(scores) if hasattr(scores, "__iter__") else scores
-        try:
-            return [float(score) for score in scores]
-        except (TypeError, ValueError):
-            fail(f"{self.name} returned {str(scores)[:80]}; expected a number for each response", status=1)
+    def scores(self, prompts: list[Prompt], texts: list[str]):
+        """-> scores_B, float32: one finite number per response, without the penalty."""
+        if self.function:
+            # float64, until it is known that each number is one of float32
+            scores_B = torch.tensor(self.function(prompts, texts), dtype=torch.float64)
+        else:
+            scores_B = self.model_scores(prompts, texts)
+        if len(scores_B) != len(prompts):
+            fail(f"{self.name} returned {len(scores_B)} rewards for {len(prompts)} responses", status=1)
+        usable_B = scores_B.abs() < torch.finfo(torch.float32).max  # false for NaN, too
+        if not usable_B.all():
+            first = int(usable_B.int().argmin())
+            fail(f"{self.name} returned {scores_B[first].item()} for the response {texts[first]!r}", status=1)
+        return scores_B.float()
 
     @torch.no_grad()
-    def model_scores(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        """A reward model reads texts, so it may have any tokenizer."""
+    def model_scores(self, prompts: list[Prompt], texts: list[str]):
+        """-> scores_B. A reward model reads texts, so it may have any tokenizer."""
         length = self.tokenizer.num_positions
         ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
-        scores_B = torch.empty(len(ids), device=self.backend.device)
-        for rows, _ in micro_batches(lengths_B, self.backend.micro_batch_size):
-            scores_B[rows] = scores(self.scorer, [ids[i] for i in rows], self.backend.device)
-        return scores_B.tolist()
+        scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.device)
+        for rows, _ in micro_batches(lengths_B, self.micro_batch_size):
+            scores_B[rows] = scores(self.scorer, [ids[i] for i in rows], self.device)
+        return scores_B
 
 
-def function_from_file(spec) -> Callable[..., list[float]]:
-    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-    sys.path.append(str(Path(path).parent))  # it may import its neighbours
-    with shows_traceback(spec):
-        names = runpy.run_path(path)
-    if not callable(names.get(name)):
-        fail(f"{spec}: the file has no function {name!r}")
-    return names[name]
+class UserFunction:
+    """A reward function of the user's: `path/to/file.py:name`. No other code is ever loaded from a path.
+
+    Its file may change how torch makes tensors (to load a judge in bfloat16, say) and may seed random numbers. Such
+    settings hold in its own functions alone, and training draws the random numbers that it would draw without it.
+    """
+
+    def __init__(self, spec):
+        self.spec = spec
+        path, _, name = spec.rpartition(":")
+        if not path.endswith(".py") or not Path(path).is_file():
+            fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+        with shows_errors(spec):
+            self.file = user_file(Path(path).resolve())
+        self.function = getattr(self.file.module, name, None)
+        if not callable(self.function):
+            fail(f"{spec}: the file has no function {name!r}")
+        self.told = set()  # the columns whose new names were told
+
+    def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
+        """The function's numbers as floats. It gets copies: what it changes in a list or in a message stays with it."""
+        columns = self.columns(prompts)
+        with shows_errors(self.spec, f" (columns: {', '.join(columns) or 'none'})"), self.file.own_settings():
+            scores = self.function([prompt.text for prompt in prompts], list(texts), **columns)
+            if isinstance(scores, Iterator):  # such as a generator, which runs only now
+                scores = list(scores)
+        try:
+            return as_floats(scores)
+        except OverflowError:
+            fail(f"{self.spec} returned a whole number that is too large for a float", status=1)
+        except (TypeError, ValueError, RuntimeError):
+            found = " ".join(str(scores).split())[:80]  # one line; tensors print several
+            fail(f"{self.spec} returned {found}; expected a number for each response", status=1)
+
+    def columns(self, prompts: list[Prompt]) -> dict[str, list]:
+        """Columns of the data by name, None where a row has none; `messages` where prompts were chats.
+
+        A name that is taken gets an underscore: two arguments of one name cannot be passed.
+        """
+        with shows_errors(self.spec):
+            first_two = list(inspect.signature(self.function).parameters.values())[:2]  # prompts, responses
+        taken = [parameter.name for parameter in first_two if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        found = {}
+        if any(prompt.messages for prompt in prompts):
+            found["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
+        names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+        for name in names:
+            new_name = name
+            while new_name in taken or new_name in found or (new_name != name and new_name in names):
+                new_name += "_"
+            found[new_name] = [copy.deepcopy(prompt.columns.get(name)) for prompt in prompts]
+            if new_name != name and name not in self.told:
+                print(f"The column {name!r} reaches {self.spec} as {new_name!r}: another argument has its name")
+                self.told.add(name)
+        return found
+
+
+def as_floats(scores) -> list[float]:
+    """Numbers of Python, numpy or torch as floats, else TypeError, ValueError, RuntimeError or OverflowError.
+
+    float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
+    """
+    if isinstance(scores, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
+        raise TypeError
+    floats = []
+    for score in scores:
+        if hasattr(score, "item"):  # numpy and torch; an error if it holds several
+            score = score.item()
+        if not isinstance(score, numbers.Real | decimal.Decimal):  # True and False are 1 and 0
+            raise TypeError
+        floats.append(float(score))
+    return floats
+
+
+class UserFile:
+    """A Python file of the user's as a module that stays: process pools and pickle find its functions by its name.
+
+    The module has the name of its file, so that new processes can import it, too. If another module has that name, it
+    gets a name that only this process knows; pools then work as long as they fork.
+    """
+
+    def __init__(self, path: Path):
+        sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
+        name = path.stem
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
+            name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
+            spec = importlib.util.spec_from_file_location(name, path)
+        self.settings = torch_settings()
+        if name not in sys.modules:  # else it is one of our own files
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # now, since dataclasses look themselves up there
+            with self.own_settings():
+                spec.loader.exec_module(sys.modules[name])
+        self.module = sys.modules[name]
+
+    @contextlib.contextmanager
+    def own_settings(self) -> Iterator[None]:
+        """The file's settings of torch inside; outside, they and the random numbers to come are as before."""
+        ours = torch_settings()
+        python_state = random.getstate()
+        numpy_state = np.random.get_state()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            use_torch_settings(**self.settings)
+            try:
+                yield
+            finally:
+                self.settings = torch_settings()
+                use_torch_settings(**ours)
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
+
+
+user_file = functools.cache(UserFile)  # read once, also where two flags name it: its functions share what it keeps
+
+
+def torch_settings() -> dict:
+    """How torch makes new tensors."""
+    return dict(
+        dtype=torch.get_default_dtype(),
+        device=torch.get_default_device(),
+        grad=torch.is_grad_enabled(),
+    )
+
+
+def use_torch_settings(dtype, device, grad):
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    if device != torch.get_default_device():
+        # None stands for the CPU: a default device, even the CPU, makes each call of torch slower.
+        torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @contextlib.contextmanager
-def shows_traceback(spec, note="") -> Iterator[None]:
-    """An error inside ends the run with the traceback of the user's file alone."""
+def shows_errors(spec, note="") -> Iterator[None]:
+    """An error of the user's code ends the run: the traceback as Python prints it, then one line."""
     try:
         yield
-    except Failure:
-        raise
     except (Exception, SystemExit) as error:
-        position = error.__traceback__
-        while position and position.tb_frame.f_code.co_filename != spec.rpartition(":")[0]:
-            position = position.tb_next
-        *lines, last = traceback.format_exception(error.with_traceback(position))
-        tqdm.write("".join(lines), file=sys.stderr, end="")
-        fail(f"{spec} raised {last.strip()}{note}", status=1)
+        tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{spec} raised {what.removesuffix(': ')}{note}", status=1)
 
 
 # ---------------------------------------------------------------- 4. Evaluation
@@ -608,6 +739,48 @@ def win_rate(rows: list[dict], rewards: list[float]) -> float:
     return sum(wins) / len(wins) / 2
 
 
+def pair_metrics(rows: list[dict]) -> dict[str, float]:
+    """Of held-out pairs: `rows` are a chosen and a rejected response in turn, each with its reward and its length.
+
+    The interval is half the width of the accuracy's 95% interval.
+    """
+    rewards = torch.tensor([row["reward"] for row in rows])
+    lengths = torch.tensor([float(row["length"]) for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    right = accuracy(margins_B).mean().item()
+    return dict(
+        eval_accuracy=right,
+        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
+        eval_margin=margins_B.mean().item(),
+        eval_score=rewards.mean().item(),
+        eval_score_std=rewards.std().item(),
+        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
+    )
+
+
+def accuracy(margins_B):
+    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
+
+
+def calibration_table(rows, bins: int = 5) -> str:
+    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
+    rewards = torch.tensor([row["reward"] for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    certainty_B = margins_B.abs().sigmoid()
+    right_B = (margins_B > 0).float()
+    lines = ["Certainty    pairs   predicted   observed"]
+    for i in range(bins):
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
+        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
+        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
+        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
+    return "\n".join(lines)
+
+
 # ================================================================ Nothing below is about reinforcement learning.
 # ---------------------------------------------------------------- 5. Models and DeepSpeed
 
@@ -624,16 +797,21 @@ class Backend:
     zero_stage: int
     offload: bool
     gradient_checkpointing: bool
-    micro_batch_size: int
     lora_rank: int
 
 
 def load_tokenizer(path):
     """The tokenizer, which also learns the numbers of the model's embeddings and positions."""
+    if Path(path, "adapter_config.json").is_file():
+        merge = "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        fail(f"{path}: holds adapters (LoRA); merge them into their model first: {merge}")
     absent = f"no folder {path} here, and no hub model of that name could be reached"
     with fails_with(f"{path}: no tokenizer could be loaded" if Path(path).is_dir() else absent):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        whole_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = whole_config.get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if getattr(whole_config, "quantization_config", None):
+        fail(f"{path}: its weights are quantised and cannot be trained: give the model without quantisation")
     if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
     tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
@@ -641,16 +819,25 @@ def load_tokenizer(path):
     return tokenizer
 
 
+HEADS = ("score.", "classifier.", "reward_head.", "value_head.", "v_head.")  # how reward models' files name them
+
+
 def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
-    """A model from safetensors, without noise, that takes texts of `max_length` tokens."""
+    """A model from safetensors, without noise, that takes texts of `max_length` tokens.
+
+    `new_head`: a model without a head `score` gets one of zeros; one that is there is kept.
+    """
     kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
     kwargs |= dict(use_safetensors=True, trust_remote_code=False)
+    kwargs |= dict(ignore_mismatched_sizes=True)  # transformers then lists them, and we can say which
     with fails_with(f"{path}: no model could be loaded"):
         model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    check_head(path, auto_class, info)
     if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
         fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
-    if "score.weight" in info["unexpected_keys"]:
-        fail(f"{path}: is a reward model; expected a language model")
+    if new_head and "score.weight" in info["missing_keys"]:
+        print(f"{path}: has no head `score`, so it gets a new one")
+        nn.init.zeros_(model.score.weight)
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or max_length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -664,6 +851,19 @@ def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
             if isinstance(value, float) and is_noise:
                 setattr(module, name, 0.0)
     return model
+
+
+def check_head(path, auto_class, info):
+    """Refuses heads that we would read in part or not at all. `info`: what transformers found in the files."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        if name == "score.weight":
+            fail(f"{path}: its head `score` has {found[0]} outputs; a reward model has one")
+        fail(f"{path}: {name} has the shape {tuple(found)}; its config.json says {tuple(expected)}")
+    heads = sorted(name for name in info["unexpected_keys"] if name.startswith(HEADS))
+    if heads and auto_class is transformers.AutoModelForCausalLM and heads[0].startswith("score."):
+        fail(f"{path}: is a reward model; expected a language model")
+    if heads and auto_class is transformers.AutoModelForSequenceClassification:
+        fail(f"{path}: its head has {', '.join(heads[:4])}; only `score`, one linear layer without bias, is supported")
 
 
 def same_weights(model):
@@ -874,15 +1074,22 @@ def check_policy(policy: Policy):
 
 
 def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
-    """-> (a sequence classification model with one output, its tokenizer)."""
+    """-> (a sequence classification model with one output, its tokenizer). `new_head`: as in `load_model`."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
         fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
-    auto_class = transformers.AutoModelForSequenceClassification
-    model = load_model(path, auto_class, max_length, backend, new_head, num_labels=1)
-    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
-        fail(f"{path}: {type(model).__name__} has no linear head `score` with one output, so it is no reward model")
-    model.score.__class__ = ScalarHead  # the weights stay the same
+    model = load_model(
+        path,
+        transformers.AutoModelForSequenceClassification,
+        max_length=max_length,
+        backend=backend,
+        new_head=new_head,
+        num_labels=1,
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        fail(f"{path}: {type(model).__name__} has no linear head `score` without bias, so it is not a reward model")
+    model.score = ScalarHead(head.weight)
     if model.config.pad_token_id is None:  # transformers takes batches only with one
         model.config.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -890,17 +1097,16 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
 
 def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ScalarOutputs:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
-    max_length = sampling.max_prompt_length + sampling.response_length
+    path = policy
     if reward_model:
         ours = load_tokenizer(policy)
         its = load_tokenizer(reward_model)
         if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
-            model, _ = load_classifier(reward_model, backend, max_length)
-            zero = getattr(model.config, "reward_mean", 0.0)
-            return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
-    model, _ = load_classifier(policy, backend, max_length, new_head=True)
-    nn.init.zeros_(model.score.weight)
-    return ScalarOutputs(with_adapters(model, backend.lora_rank))
+            path = reward_model
+    max_length = sampling.max_prompt_length + sampling.response_length
+    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy)
+    zero = getattr(model.config, "reward_mean", 0.0)
+    return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
 
 
 def train_engine(module, backend, max_grad_norm):

@@ -125,7 +125,7 @@ def preference_loss(chosen_log_ratios_B, rejected_log_ratios_B, beta):
 
 @dataclass
 class Pair:
-    """A prompt, its chosen and its rejected response, and the token ids that the model reads for each."""
+    """A prompt, its chosen and its rejected response: their texts, and the token ids that `scores` takes."""
 
     prompt: common.Prompt
     responses: tuple[str, str]
@@ -185,47 +185,6 @@ def evaluate(policy, pairs, pairs_at_once, beta) -> list[dict]:
     return rows
 
 
-def evaluation_metrics(rows) -> dict[str, float]:
-    """Of the held-out pairs; the interval is half the width of the accuracy's 95% interval."""
-    rewards = torch.tensor([row["reward"] for row in rows])
-    lengths = torch.tensor([float(row["length"]) for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    right = accuracy(margins_B).mean().item()
-    return dict(
-        eval_accuracy=right,
-        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
-        eval_margin=margins_B.mean().item(),
-        eval_chosen_logprob=sum(row["logprob"] for row in rows[::2]) / len(margins_B),
-        eval_rejected_logprob=sum(row["logprob"] for row in rows[1::2]) / len(margins_B),
-        eval_score=rewards.mean().item(),
-        eval_score_std=rewards.std().item(),
-        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
-    )
-
-
-def accuracy(margins_B):
-    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    wins_B = (margins_B > 0).float()
-    ties_B = (margins_B == 0).float()
-    return wins_B + 0.5 * ties_B
-
-
-def calibration_table(rows, bins: int = 5) -> str:
-    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
-    rewards = torch.tensor([row["reward"] for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    certainty_B = margins_B.abs().sigmoid()
-    right_B = (margins_B > 0).float()
-    lines = ["Certainty    pairs   predicted   observed"]
-    for i in range(bins):
-        low = 0.5 + 0.5 * i / bins
-        high = low + 0.5 / bins
-        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
-        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
-        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- Training
 
 
@@ -249,7 +208,7 @@ def main() -> None:
     # 2. Models: the policy; the initial one is loaded again for the moment of an evaluation
     rewards = {}
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, pairs[0].prompt)
+        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=pairs[0].prompt)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
 
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
@@ -267,7 +226,10 @@ def main() -> None:
         prompts = [pair.prompt for pair in eval_pairs]
         greedy = common.evaluate(policy, reference, prompts, rewards, args.micro_batch_size)
         run.log_samples(update, greedy)
-        return evaluation_metrics(rows) | common.evaluation_metrics(greedy, greedy)
+        metrics = common.pair_metrics(rows) | common.evaluation_metrics(greedy, greedy)
+        metrics["eval_chosen_logprob"] = sum(row["logprob"] for row in rows[::2]) / len(eval_pairs)
+        metrics["eval_rejected_logprob"] = sum(row["logprob"] for row in rows[1::2]) / len(eval_pairs)
+        return metrics
 
     run = common.Run(args, __file__, num_updates, policy.engine)
     if run.last_checkpoint == 0 and args.eval_every:
@@ -298,7 +260,7 @@ def main() -> None:
         # 6. Log, evaluate, checkpoint
         margins_B = args.beta * (torch.cat(chosen) - torch.cat(rejected))
         means = dict(
-            accuracy=accuracy(margins_B),
+            accuracy=common.accuracy(margins_B),
             margin=margins_B,
             loss=torch.stack(losses).sum(),
         )
@@ -315,7 +277,7 @@ def main() -> None:
     # 7. Save, and check that the saved weights are the trained ones
     rows = evaluate(policy, eval_pairs, pairs_at_once, args.beta)
     common.save_and_check(policy.engine, tokenizer, run.folder / "policy", backend)
-    print("\n" + calibration_table(rows))
+    print("\n" + common.calibration_table(rows))
     run.finish("policy", common.LANGUAGE_MODEL)
 
 

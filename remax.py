@@ -184,10 +184,16 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
-    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
-    rewards = dict(reward=common.Reward(*scoring, backend, prompts[0]))
+    scoring = dict(
+        model=args.reward_model,
+        function=args.reward_function,
+        missing_eos_penalty=args.missing_eos_penalty,
+        prompt=prompts[0],
+        micro_batch_size=args.micro_batch_size,
+    )
+    rewards = dict(reward=common.Reward(backend=backend, **scoring))
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
+        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
     policy = common.load_policy(args.model, tokenizer, sampling, backend)

@@ -3,9 +3,9 @@ r"""A Bradley-Terry reward model, trained on pairs of responses of which one was
     loss  =  mean over pairs of  −log σ(r(x, y_w) − r(x, y_l))
 
 (SPR, NeurIPS 2024 FITML workshop, eq. 22). The model is a language model (start from the SFT model) with a scalar head,
-read at the last real token. It reads prompt + response + EOS, here and where remax.py scores with it. Only differences
-of scores are learned, so afterwards the mean score of the held-out chosen responses is stored (config.reward_mean) as
-the zero of all later scores.
+read at the last real token; a reward model goes on from its own head. It reads prompt + response + EOS, here and where
+remax.py scores with it. Only differences of scores are learned, so afterwards the mean score of the held-out chosen
+responses is stored (config.reward_mean) as the zero of all later scores.
 
 What to look at while it trains: held-out accuracy and margin; the spread of the scores; and their correlation with the
 responses' length, since a model that merely likes long answers is the commonest failure. The last lines are a
@@ -130,7 +130,7 @@ print(model(**ids).logits.item() - model.config.reward_mean)  # held-out chosen 
 
 @dataclass
 class Pair:
-    """A prompt, its chosen and its rejected response, and the token ids that the model reads for each."""
+    """A prompt, its chosen and its rejected response: their texts, and the token ids that `scores` takes."""
 
     prompt: common.Prompt
     responses: tuple[str, str]
@@ -189,45 +189,6 @@ def evaluate(model, pairs, pairs_at_once) -> list[dict]:
     return rows
 
 
-def evaluation_metrics(rows) -> dict[str, float]:
-    """Of the held-out pairs; the interval is half the width of the accuracy's 95% interval."""
-    rewards = torch.tensor([row["reward"] for row in rows])
-    lengths = torch.tensor([float(row["length"]) for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    right = accuracy(margins_B).mean().item()
-    return dict(
-        eval_accuracy=right,
-        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
-        eval_margin=margins_B.mean().item(),
-        eval_score=rewards.mean().item(),
-        eval_score_std=rewards.std().item(),
-        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
-    )
-
-
-def accuracy(margins_B):
-    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    wins_B = (margins_B > 0).float()
-    ties_B = (margins_B == 0).float()
-    return wins_B + 0.5 * ties_B
-
-
-def calibration_table(rows, bins: int = 5) -> str:
-    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
-    rewards = torch.tensor([row["reward"] for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    certainty_B = margins_B.abs().sigmoid()
-    right_B = (margins_B > 0).float()
-    lines = ["Certainty    pairs   predicted   observed"]
-    for i in range(bins):
-        low = 0.5 + 0.5 * i / bins
-        high = low + 0.5 / bins
-        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
-        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
-        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- Training
 
 
@@ -248,17 +209,18 @@ def main() -> None:
     B, num_updates = common.plan_updates(total_episodes, args.batch_size, backend.world_size)  # pairs on this rank
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
 
-    # 2. Models: a language model that gets a new head
+    # 2. Models: a language model that gets a new head, or a reward model, which keeps its own
     classifier, _ = common.load_classifier(args.model, backend, new_head=True)
-    torch.manual_seed(args.seed)
-    torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
+    if not classifier.score.weight.any():  # a new head is 0
+        torch.manual_seed(args.seed)
+        torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.weight.shape[1] + 1) ** -0.5)
     classifier = common.with_adapters(classifier, backend.lora_rank)
     model = common.train_engine(common.ScalarOutputs(classifier), backend, args.max_grad_norm)
 
     def evaluated(update) -> dict[str, float]:
         rows = evaluate(model, eval_pairs, pairs_at_once)
         run.log_samples(update, rows, "held-out responses, a chosen and a rejected one in turn")
-        return evaluation_metrics(rows)
+        return common.pair_metrics(rows)
 
     run = common.Run(args, __file__, num_updates, model)
     if run.last_checkpoint == 0 and args.eval_every:
@@ -289,7 +251,7 @@ def main() -> None:
         # 6. Log, evaluate, checkpoint
         margins_B = torch.cat(chosen) - torch.cat(rejected)
         means = dict(
-            accuracy=accuracy(margins_B),
+            accuracy=common.accuracy(margins_B),
             margin=margins_B,
             loss=torch.stack(losses).sum(),
         )
@@ -307,7 +269,7 @@ def main() -> None:
     rows = evaluate(model, eval_pairs, pairs_at_once)
     classifier.config.reward_mean = sum(row["reward"] for row in rows[::2]) / len(eval_pairs)
     common.save_and_check(model, tokenizer, run.folder / "reward_model", backend)
-    print("\n" + calibration_table(rows))
+    print("\n" + common.calibration_table(rows))
     run.finish("reward_model", USAGE)
 
 

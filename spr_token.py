@@ -260,15 +260,21 @@ def main() -> None:
 
     # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
+    scoring = dict(
+        model=args.reward_model,
+        function=args.reward_function,
+        missing_eos_penalty=args.missing_eos_penalty,
+        prompt=prompts[0],
+        micro_batch_size=args.micro_batch_size,
+    )
 
     def load_reward():
-        return common.Reward(*scoring, whole, prompts[0])
+        return common.Reward(backend=whole, **scoring)
 
     load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
     rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(None, args.gold_reward_function, 0.0, backend, prompts[0])
+        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
 
     policy = common.load_policy(args.model, tokenizer, sampling, backend)

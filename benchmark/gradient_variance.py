@@ -96,7 +96,7 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
+    backend = common.start_processes(types.SimpleNamespace(**flags))
     head = commit()
     for task in args.tasks:
         where = tasks.TASKS[task]
@@ -104,9 +104,8 @@ def main() -> None:
         tokenizer = common.load_tokenizer(where.policy)
         sampling = common.Sampling(64, where.length, 1.0, 128)
         prompts = common.load_prompts(str(ROOT / where.dataset), (None, "train"), "prompt", tokenizer, 64)
-        reward = common.Reward(*where.scoring, 0.0, backend)
+        reward = common.Reward(*where.scoring, backend=backend, micro_batch_size=args.batch_size)
         reference = common.load_policy(where.policy, tokenizer, sampling, backend)
-        reference.engine = common.freeze(reference.engine, backend)
         for episodes in args.episodes:
             policy = common.load_policy(trained(task, setting, episodes), tokenizer, sampling, backend)
             gradients, rewards, greedy_rewards = {}, [], []

@@ -70,7 +70,7 @@ def measure(run: Run, folder: Path) -> dict:
 def success(path: Path) -> dict:
     """Success, length and KL of 8 sampled responses and the greedy one to each held-out question."""
     os.chdir(ROOT)
-    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60, micro_batch_size=100)
+    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60)
     backend = common.start_processes(flags)
     tokenizer = common.load_tokenizer(flags.model)
     sampling = common.Sampling(64, 60, 1.0, 900)
@@ -78,7 +78,7 @@ def success(path: Path) -> dict:
         common.load_policy(str(folder), tokenizer, sampling, backend) for folder in (path, flags.model)
     )
     prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
-    reward = common.Reward(None, f"{EXAMPLE}/rule.py:reward", 0.0, backend)
+    reward = common.Reward(function=f"{EXAMPLE}/rule.py:reward")
     common.set_seed(0)
     responses = common.rollout(policy, prompts, num_samples=8, greedy=True)
     sampled = responses[: 8 * len(prompts)]

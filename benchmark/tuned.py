@@ -67,12 +67,12 @@ def watch(task, path, numbers, script, *flags) -> None:
 
     def begin(policy, reference, prompts, rewards, micro_batch_size):
         kept["rows"] = evaluate(policy, reference, prompts, rewards, micro_batch_size)  # in place of all later ones
-        backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False, micro_batch_size)
+        backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False)
         length = policy.sampling.max_prompt_length
         data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
         kept["prompts"] = data[:200]
-        kept["reward"] = common.Reward(*where.scoring, 0.0, backend)
-        kept["gold"] = common.Reward(None, where.gold, 0.0, backend)
+        kept["reward"] = common.Reward(*where.scoring, backend=backend, micro_batch_size=micro_batch_size)
+        kept["gold"] = common.Reward(function=where.gold)
 
     def measure(policy, reference) -> dict[str, float]:
         common.set_seed(7)

@@ -65,7 +65,7 @@ class Args:
     """Type of the computation."""
 
     # The scripts have flags for these; common.py reads them.
-    micro_batch_size = rollout_batch_size = 32
+    rollout_batch_size = 32
     attention = "sdpa"
     zero_stage = 0
     offload = gradient_checkpointing = False
@@ -112,7 +112,13 @@ def main() -> None:
             options = (hub, args.prompt_column, tokenizers[-1], args.max_prompt_length)
             data.append({prompt.where: prompt for prompt in common.load_prompts(args.dataset, *options)})
     first_prompt = next(iter(data[0].values())) if data else None
-    reward = common.Reward(args.reward_model, args.reward_function, 0.0, backend, first_prompt)
+    reward = common.Reward(
+        model=args.reward_model,
+        function=args.reward_function,
+        backend=backend,
+        prompt=first_prompt,
+        micro_batch_size=args.rollout_batch_size,
+    )
     print(f"Rewards: {reward.name}; a response that ends in […] was cut off", flush=True)
     sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
     policies = {}

@@ -259,10 +259,8 @@ def start_backend(**flags):
     """The process group of this process, if it has none yet, and how models compute: like a script without flags."""
     import common
 
-    defaults = dict(
-        dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False, lora_rank=0
-    )
-    return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
+    defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    return common.start_processes(types.SimpleNamespace(**defaults | dict(lora_rank=0) | flags))
 
 
 def policy_of(model, tokenizer, sampling):

@@ -29,7 +29,7 @@ from conftest import (
     start_backend,
     tiny_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -436,11 +436,91 @@ def two_labels(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-REWARD_MODELS = {
+def rewritten(folder, change):
+    """The example's reward model with other tensors."""
+    shutil.copytree(REWARD_MODEL, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+
+
+def biased_head(folder, tokenizer):
+    rewritten(folder, lambda tensors: tensors.update({"score.bias": torch.ones(1)}))
+
+
+def mlp_head(folder, tokenizer):
+    """As some reward models on the hub have it: score is a Sequential."""
+
+    def change(tensors):
+        width = tensors.pop("score.weight").shape[1]
+        tensors["score.0.weight"] = torch.ones(width, width)
+        tensors["score.2.weight"] = torch.ones(1, width)
+
+    rewritten(folder, change)
+
+
+def value_head(folder, tokenizer):
+    """As TRL's and OpenRLHF's classes save it."""
+
+    def change(tensors):
+        tensors["value_head.weight"] = tensors.pop("score.weight")
+
+    rewritten(folder, change)
+
+
+def quantised(folder, tokenizer):
+    shutil.copytree(REWARD_MODEL, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="bitsandbytes", load_in_4bit=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def adapters(folder, tokenizer):
+    (folder / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path="m")))
+    tokenizer.save_pretrained(folder)
+
+
+def adapters_with_config(folder, tokenizer):
+    """With peft installed, transformers would add the adapters to the model."""
+    shutil.copytree(REWARD_MODEL, folder, dirs_exist_ok=True)
+    adapters(folder, tokenizer)
+
+
+HEADS = {  # what neither scores nor goes on training: what is said
+    two_labels: "its head `score` has 2 outputs; a reward model has one",
+    biased_head: "its head has score.bias; only `score`, one linear layer without bias",
+    mlp_head: "its head has score.0.weight, score.2.weight; only `score`",
+    value_head: "its head has value_head.weight; only `score`",
+    bert_classifier: "BertForSequenceClassification has no linear head",
+    quantised: "its weights are quantised and cannot be trained",
+    adapters: "holds adapters (LoRA); merge them into their model first: peft.AutoPeft",
+    adapters_with_config: "holds adapters (LoRA); merge them",
+}
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_reward_models_that_cannot_be_trained_further(tmp_path, capsys, make):
+    (tmp_path / "m").mkdir()
+    make(tmp_path / "m", example_tokenizer())
+    flags = ["--model", tmp_path / "m", *EXAMPLE_PAIRS, "--output-dir", tmp_path / "r"]
+    assert run_here("reward_model", *SHORT, *flags) == 2
+    line = one_line(capsys)
+    assert f"{tmp_path / 'm'}: {HEADS[make]}" in line, line
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("make", [mlp_head, quantised, adapters, adapters_with_config])
+def test_these_are_not_policies(tmp_path, capsys, make):
+    (tmp_path / "m").mkdir()
+    make(tmp_path / "m", example_tokenizer())
+    assert run_here("remax", *SHORT, "--model", tmp_path / "m", *EXAMPLE_DATA, "--output-dir", tmp_path / "r") == 2
+    expected = "is a reward model" if make == mlp_head else HEADS[make]
+    assert f"{tmp_path / 'm'}: {expected}" in one_line(capsys)
+
+
+REWARD_MODELS = HEADS | {
     gpt2: "has no weights for score.weight",  # a language model
     few_reward_tokens: "tokens",
-    bert_classifier: "has no linear head",
-    two_labels: "could be loaded",
     without_eos: "EOS token",
     no_reward_tokenizer: "tokenizer",
     truncated: "no model could be loaded",

@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from workers.engine_worker import (
     LEARNING_RATE,
     POISONS,
-    ROWS,
     as_policy,
     data,
     loss_of,
@@ -137,7 +136,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_skipped_and_counted(zero_stage
 
 def trained(model, steps, learning_rate, **flags):
     """-> the engine after steps on the fixed data."""
-    engine = common.train_engine(as_policy(model).engine, start_backend(micro_batch_size=ROWS, **flags), 1.0)
+    engine = common.train_engine(as_policy(model).engine, start_backend(**flags), 1.0)
     for _ in range(steps):
         common.backward(engine, loss_of(engine, slice(None), data()), True)
         common.optimizer_step(engine, learning_rate)

@@ -223,7 +223,7 @@ def test_an_error_in_a_reward_function_shows_its_own_lines_before_anything_expen
     spec = f"{tmp_path}/f.py:reward"
     assert run_here("remax", *SHORT, "--reward-function", spec, "--output-dir", tmp_path / "r") == 1
     err = capsys.readouterr().err
-    assert f'File "{tmp_path}/f.py", line 2, in reward' in err and "common.py" not in err
+    assert f'File "{tmp_path}/f.py", line 2, in reward' in err and "Traceback (most recent call last)" in err
     assert f"error: {spec} raised KeyError: 'number' (columns: none)" in err and not (tmp_path / "r").exists()
 
 
@@ -235,8 +235,8 @@ def reward(prompts, responses, messages, label):
     return [0.0] * len(prompts)
 """)
     prompt = common.Prompt("<user>The plot", [], dict(label=3), messages=[HI])
-    reward = common.Reward(None, f"{tmp_path}/f.py:reward", 0.0, start_backend(), prompt)
-    assert reward.function.__globals__["seen"] == [(["<user>The plot"], [""], [[HI]], [3])]
+    reward = common.Reward(function=f"{tmp_path}/f.py:reward", prompt=prompt)
+    assert reward.function.file.module.seen == [(["<user>The plot"], [""], [[HI]], [3])]
 
 
 def test_a_folder_without_a_finished_update_is_used_again(tmp_path, capsys):

@@ -411,16 +411,14 @@ def test_logits_that_stop_being_finite_while_decoding(bad, tmp_path, capsys):
 
 def test_scores_in_bfloat16_are_finer_than_the_type():
     """M9: bfloat16 has steps of 1/32 between 4 and 8."""
-    backend = start_backend(dtype="bfloat16", micro_batch_size=8)
-    reward = common.Reward(str(EXAMPLE / "reward_model"), None, 0.0, backend)
+    backend = start_backend(dtype="bfloat16")
+    reward = common.Reward(str(EXAMPLE / "reward_model"), backend=backend, micro_batch_size=8)
     texts = ["The acting", "The plot", "I saw this film and it", "The music of the film", "My friends said it"] * 2
     prompts = [common.Prompt(text, [], {}) for text in texts]
     responses = [" was a disaster."] * 5 + [" was a joy, and I loved it."] * 5
     with patch.object(reward.scorer, "zero", 0.0):
-        scores = torch.tensor(reward.scores(prompts, responses))
-    exact = torch.tensor(
-        common.Reward(str(EXAMPLE / "reward_model"), None, 0.0, start_backend()).scores(prompts, responses)
-    )
+        scores = reward.scores(prompts, responses)
+    exact = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend()).scores(prompts, responses)
     large = scores[scores.abs() > 4]
     assert len(large) > 3 and ((large * 32) % 1 != 0).all()
     assert (scores - scores.mean() - exact + exact.mean()).abs().max() < 0.3

@@ -1,10 +1,26 @@
 """Reward models, reward functions, and evaluations."""
 
+import json
+import random
+import sys
+
+import numpy as np
 import pytest
 import torch
-from conftest import number_tokenizer, policy_of, start_backend, tiny_model
+from conftest import number_tokenizer, policy_of, read_metrics, run_here, start_backend, tiny_model
 
 import common
+
+SHORT = "--total-episodes 8 --batch-size 4 --eval-every 2 --eval-size 3 --micro-batch-size 3".split()
+ROLLOUT = [*SHORT, "--response-length", "6"]
+SMALL = {  # flags of a run of seconds
+    "remax": ROLLOUT,
+    "reinforce": ROLLOUT,
+    "ppo": [*ROLLOUT, *"--num-minibatches 2 --num-epochs 2".split()],
+    "spr": [*ROLLOUT, *"--num-samples 2 --num-minibatches 2 --num-epochs 1".split()],
+    "spr_token": [*ROLLOUT, *"--num-samples 2 --num-minibatches 2 --num-epochs 1".split()],
+    "dpo": [*ROLLOUT[:-1], "30"],
+}
 
 
 def responses(texts, ended=None, prompts=("Well", "The plot"), columns=None) -> common.Responses:
@@ -19,7 +35,7 @@ def responses(texts, ended=None, prompts=("Well", "The plot"), columns=None) -> 
 
 def reward_file(tmp_path, code: str, penalty=0.0) -> common.Reward:
     (tmp_path / "f.py").write_text(code)
-    return common.Reward(None, f"{tmp_path}/f.py:reward", penalty, start_backend())
+    return common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=penalty)
 
 
 def test_functions_get_prompts_responses_and_columns_row_by_row(tmp_path):
@@ -64,6 +80,230 @@ def test_a_function_cannot_change_the_responses(tmp_path):
     assert batch.texts == ["x", "y"]
 
 
+TAKEN = ("common", "json", "my-reward", "v1.2")  # a new process cannot import a file by these names
+
+
+@pytest.mark.parametrize("start, name", [("spawn", "a"), ("forkserver", "b"), *(("fork", name) for name in TAKEN)])
+def test_process_pools_and_pickle_find_what_the_file_defines(tmp_path, start, name):
+    code = f"""
+from __future__ import annotations
+import dataclasses, multiprocessing, pickle
+from concurrent.futures import ProcessPoolExecutor
+@dataclasses.dataclass
+class Verdict:
+    score: float
+def judge(response):
+    return Verdict(float(len(response)))
+def reward(prompts, responses):
+    context = multiprocessing.get_context({start!r})
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        verdicts = list(pool.map(judge, responses))
+    return [pickle.loads(pickle.dumps(verdict)).score for verdict in verdicts]
+"""
+    if name not in TAKEN:
+        name = f"judge_{name}_{tmp_path.name}"  # no other test's module has this name
+    (tmp_path / f"{name}.py").write_text(code)
+    reward = common.Reward(function=f"{tmp_path}/{name}.py:reward")
+    assert reward(responses(["a", "bbb"])).tolist() == [1.0, 3.0]
+    assert sys.modules["common"] is common and json.dumps(1) == "1"
+
+
+def test_two_files_of_one_name_are_two_modules_and_one_file_is_read_once(tmp_path):
+    found = []
+    for number, folder in enumerate(("a", "b", "a")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "same.py"
+        if not path.exists():
+            path.write_text(f"calls = []\ndef reward(prompts, responses):\n    calls.append(0)\n    return [{number}]")
+        reward = common.Reward(function=f"{path}:reward")
+        assert reward(responses(["x"])).tolist() == [number % 2]
+        found.append(reward.function.file.module)
+    assert found[0] is found[2] is not found[1]
+    assert len(found[0].calls) == 2 and len(found[1].calls) == 1
+
+
+SETTINGS = {  # what a file sets: what then holds in its function
+    "torch.set_default_dtype(torch.bfloat16)": "torch.tensor(0.1).dtype == torch.bfloat16",
+    "torch.set_default_dtype(torch.float64)": "torch.tensor(0.1).dtype == torch.float64",
+    "torch.set_grad_enabled(False)": "not torch.ones(1, requires_grad=True).exp().requires_grad",
+    "torch.set_default_device('meta')": "torch.ones(1).device.type == 'meta'",
+}
+
+
+@pytest.mark.parametrize("when", ["file", "call"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_file_s_settings_of_torch_hold_in_its_functions_alone(tmp_path, setting, when):
+    in_file, in_call = (setting, "") if when == "file" else ("", setting)
+    (tmp_path / "f.py").write_text(f"""
+import torch
+{in_file}
+def reward(prompts, responses):
+    {in_call}
+    assert {SETTINGS[setting]}
+    return [100 + len(response) / 100 for response in responses]
+""")
+    batch = responses(["a", "bb", "ccc", "dddd"], [True, True, True, False])
+    for _ in range(2):  # the file is read once: its settings outlive the first of two rewards that use it
+        rewards_B = common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=0.25)(batch)
+        assert rewards_B.dtype == torch.float32 and rewards_B.device.type == "cpu"
+        assert rewards_B.tolist() == torch.tensor([100.01, 100.02, 100.03, 99.79]).tolist()
+        now = (torch.get_default_dtype(), torch.get_default_device().type, torch.is_grad_enabled())
+        assert now == (torch.float32, "cpu", True)
+
+
+def test_settings_are_restored_after_an_error(tmp_path, capsys):
+    code = "import torch\ndef reward(prompts, responses):\n    torch.set_default_dtype(torch.float64)\n    1 / 0\n"
+    with pytest.raises(SystemExit):
+        reward_file(tmp_path, code)(responses(["x"]))
+    assert torch.get_default_dtype() == torch.float32
+
+
+DRAWING = """
+import random
+import numpy
+import torch
+def draw():
+    return [random.random(), numpy.random.rand(), torch.rand(()).item()]
+random.seed(7), numpy.random.seed(7), torch.manual_seed(7), draw()
+seen = []
+def reward(prompts, responses, **columns):
+    seen.append(draw())
+    random.seed(8), numpy.random.seed(8), torch.manual_seed(8), draw()
+    return [float(len(set(response))) for response in responses]
+"""
+
+
+def test_a_function_that_draws_or_seeds_changes_no_random_number_of_ours(tmp_path):
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    common.set_seed(3)
+    expected = [draws() for _ in range(3)]
+    common.set_seed(3)
+    found = [draws()]
+    reward = reward_file(tmp_path, DRAWING)
+    found.append(draws())
+    reward(responses(["x"]))
+    found.append(draws())
+    assert found == expected
+
+
+def without_timing(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith(("seconds", "peak", "tokens"))}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_training_does_not_depend_on_a_function_s_random_numbers(tmp_path, script):
+    """Through each script: twice the same rewards, once from a file that seeds and draws."""
+    quiet = "def reward(prompts, responses, **columns):\n    return [float(len(set(text))) for text in responses]\n"
+    runs = []
+    for name, code in (("quiet", quiet), ("drawing", DRAWING)):
+        (tmp_path / f"{name}.py").write_text(code)
+        flag = "--gold-reward-function" if script == "dpo" else "--reward-function"
+        flags = [*SMALL[script], flag, f"{tmp_path}/{name}.py:reward", "--output-dir", tmp_path / name]
+        assert run_here(script, *flags) == 0
+        runs.append([without_timing(row) for row in read_metrics(tmp_path / name)])
+    assert runs[0] == runs[1] and len(runs[0]) == 3
+
+
+NUMBERS = {  # what a function returns for responses of 1 and 2 letters: the rewards
+    "[1, 2]": [1, 2],
+    "(True, False)": [1, 0],
+    "[numpy.True_, numpy.float16(2)]": [1, 2],
+    "numpy.array([1.5, 2])": [1.5, 2],
+    "numpy.array([[1.5], [2]])": [1.5, 2],
+    "numpy.array([True, False])": [1, 0],
+    "torch.tensor([1.5, 2], dtype=torch.bfloat16)": [1.5, 2],
+    "torch.tensor([[1.5], [2]], requires_grad=True)": [1.5, 2],
+    "[torch.tensor(1.5), torch.tensor([2])]": [1.5, 2],
+    "[decimal.Decimal('0.1'), fractions.Fraction(1, 4)]": [0.1, 0.25],
+    "{'x': 1, 'y': 2}.values()": [1, 2],
+    "(len(response) for response in responses)": [1, 2],
+    "[16777217, 0.1]": [16777216, 0.1],
+}
+NOT_NUMBERS = {  # what a function returns: what is said
+    "{1.0: 2.0, 3.0: 4.0}": "returned {1.0: 2.0, 3.0: 4.0}; expected a number for each response",
+    "{1.0, 3.0}": "expected a number for each response",
+    "'12'": "returned 12; expected a number for each response",
+    "['1', '2']": "returned ['1', '2']; expected",
+    "b'12'": "returned b'12'; expected",
+    "bytearray(b'12')": "expected a number",
+    "[[1.0], [2.0]]": "returned [[1.0], [2.0]]; expected",
+    "[[1.0, 2.0]]": "expected a number",
+    "numpy.ones((2, 2))": "returned [[1. 1.] [1. 1.]]; expected",
+    "torch.ones(2, 2)": "returned tensor([[1., 1.], [1., 1.]]); expected",
+    "torch.tensor(1.0)": "returned tensor(1.); expected",
+    "3.0": "returned 3.0; expected",
+    "[1 + 0j, 2 + 0j]": "expected a number",
+    "numpy.array([1, 2], dtype=numpy.complex64)": "expected a number",
+    "torch.tensor([1, 2], dtype=torch.complex64)": "expected a number",
+    "numpy.array(['1', '2'])": "expected a number",
+    "[10**400, 1]": "returned a whole number that is too large",
+    "[10**5000, 1]": "returned a whole number that is too large",
+    "[1, 1e39]": "returned 1e+39 for the response 'bb'",
+    "[1, numpy.nan]": "returned nan for the response 'bb'",
+    "[1, 2, 3]": "returned 3 rewards for 2 responses",
+    "[]": "returned 0 rewards for 2 responses",
+}
+
+
+def returning(tmp_path, value) -> common.Reward:
+    imports = "import decimal, fractions, numpy, torch\n"
+    return reward_file(tmp_path, f"{imports}def reward(prompts, responses):\n    return {value}\n")
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_of_any_library_are_rewards_in_float32(tmp_path, value):
+    found = returning(tmp_path, value)(responses(["a", "bb"]))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert found.tolist() == torch.tensor(NUMBERS[value], dtype=torch.float32).tolist()
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_what_is_not_one_number_per_response_is_refused_in_one_line(tmp_path, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        returning(tmp_path, value)(responses(["a", "bb"]))
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and err.count("\n") == 1, err
+    assert err.startswith(f"error: {tmp_path}/f.py:reward returned ") and NOT_NUMBERS[value] in err
+
+
+@pytest.mark.parametrize("header", ["prompts, responses", "texts, answers", "*lists", "prompts, responses, /"])
+def test_columns_that_are_named_like_arguments_arrive_with_an_underscore(tmp_path, header, capsys):
+    code = f"seen = {{}}\ndef reward({header}, **columns):\n    seen.update(columns)\n    return [0.0]\n"
+    (tmp_path / "f.py").write_text(code)
+    columns = {"prompts": 1, "responses": 2, "responses_": 3, "answers": 4, "messages": 5, "two words": 6}
+    prompt = common.Prompt("Hi", [], columns, messages=[dict(role="user", content="Hi")])
+    reward = common.Reward(function=f"{tmp_path}/f.py:reward", prompt=prompt)
+    names = {name: name for name in columns} | dict(messages="messages_")
+    if header == "prompts, responses":
+        names |= dict(prompts="prompts_", responses="responses__")
+    if header == "texts, answers":
+        names |= dict(answers="answers_")
+    expected = {names[name]: [value] for name, value in columns.items()}
+    assert reward.function.file.module.seen == expected | dict(messages=[prompt.messages])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == sum(name != new_name for name, new_name in names.items())
+    assert any("'messages' reaches" in line and "as 'messages_'" in line for line in out)
+
+
+def test_a_function_cannot_change_messages_and_columns(tmp_path):
+    """A judge's prompt is often made by appending to the chat."""
+    code = """
+def reward(prompts, responses, messages, labels):
+    for chat, response, label in zip(messages, responses, labels):
+        chat.append(dict(role="assistant", content=response))
+        chat[0]["content"] = "spoiled"
+        label.append(3)
+    return [len(chat) for chat in messages]
+"""
+    prompt = common.Prompt("Hi", [], dict(labels=[1]), messages=[dict(role="user", content="Hi")])
+    batch = responses(["x", "y"])
+    batch.prompts = [prompt, prompt]  # two samples of one prompt
+    assert reward_file(tmp_path, code)(batch).tolist() == [2.0, 2.0]
+    assert prompt.messages == [dict(role="user", content="Hi")] and prompt.columns == dict(labels=[1])
+
+
 # ---------------------------------------------------------------- Reward models
 
 
@@ -75,7 +315,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
     config = dict(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1)
     config = transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=1, pad_token_id=pad, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(config).eval()
-    model.score.__class__ = common.ScalarHead
+    model.score = common.ScalarHead(model.score.weight)
     rows = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
     found = common.scores(common.ScalarOutputs(model).eval(), rows, torch.device("cpu"))
     for score, row in zip(found, rows, strict=True):
@@ -86,7 +326,7 @@ def test_a_reward_model_reads_its_head_at_the_last_real_token(pad):
 def test_scores_are_float32_whatever_the_model_computes_in():
     """Scores near 6 that differ by 1/100, which bfloat16 would round away."""
     head = torch.nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
-    head.__class__ = common.ScalarHead
+    head = common.ScalarHead(head.weight)
     head.weight.data[:] = torch.tensor([6.0, 0.01, 0.0, 0.0])
     scores_B = head(torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0]], dtype=torch.bfloat16))
     assert scores_B.dtype == torch.float32 and 0.009 < scores_B.diff() < 0.011
@@ -119,12 +359,26 @@ def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_pa
         model.config.reward_mean = mean
         model.save_pretrained(tmp_path / "rm")
         other.save_pretrained(tmp_path / "rm")
-        found = common.Reward(str(tmp_path / "rm"), None, 0.0, start_backend())(responses(texts))
+        found = common.Reward(str(tmp_path / "rm"), backend=start_backend(), micro_batch_size=2)(responses(texts))
         for score, prompt, response in zip(found, ["Well", "The plot"] * 2, texts, strict=True):
             ids = torch.tensor([[*other(prompt + response)["input_ids"], 0]])
             with torch.no_grad():
                 expected = model.score(model.transformer(ids).last_hidden_state[0, -1])[0] - mean
             torch.testing.assert_close(score, expected)
+
+
+@pytest.mark.parametrize("script", [name for name in SMALL if name != "dpo"])
+def test_a_reward_model_reads_micro_batches_in_each_script(tmp_path, script, monkeypatch):
+    sizes = []
+    forward = common.LastTokenScore.forward
+
+    def watched(self, ids_BL, mask_BL):
+        sizes.append(len(ids_BL))
+        return forward(self, ids_BL, mask_BL)
+
+    monkeypatch.setattr(common.LastTokenScore, "forward", watched)
+    assert run_here(script, *SMALL[script], "--output-dir", tmp_path / "r") == 0
+    assert max(sizes) == 3 and sum(size == 3 for size in sizes) > len(sizes) / 3
 
 
 # ---------------------------------------------------------------- Evaluation

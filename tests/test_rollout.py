@@ -419,7 +419,7 @@ def test_values_are_read_where_a_token_is_predicted(extra):
     torch.manual_seed(0)
     shape = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=1, initializer_range=0.3)
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape)).eval()
-    model.score.__class__ = common.ScalarHead
+    model.score = common.ScalarHead(model.score.weight)
     prompts, mask = left_padded(PROMPTS)
     prompts = torch.cat([torch.full((3, extra), 4), prompts], 1)
     mask = torch.cat([torch.zeros(3, extra, dtype=torch.long), mask], 1)

@@ -3,12 +3,14 @@
 import gc
 import json
 import math
+import shutil
 import weakref
 
 import pytest
 import torch
 from conftest import (
     EXAMPLE,
+    EXAMPLE_PAIRS,
     ROOT,
     SHARED,
     TINY,
@@ -412,11 +414,40 @@ def test_broken_preferences_of_the_development_data(tokenizer, capsys):
         assert dropped in capsys.readouterr().out
 
 
+def test_a_reward_model_goes_on_from_its_own_head(tmp_path, capsys):
+    """Its held-out accuracy and scores at update 0 are the given model's own; a shifted mean is measured again."""
+    given = tmp_path / "given"
+    shutil.copytree(EXAMPLE / "reward_model", given)
+    config = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(config | dict(reward_mean=config["reward_mean"] + 100)))
+    flags = "--total-episodes 64 --batch-size 32 --eval-size 100 --learning-rate 1e-5".split()
+    assert run_here("reward_model", "--model", given, *EXAMPLE_PAIRS, *flags, "--output-dir", tmp_path / "r") == 0
+    assert "new one" not in capsys.readouterr().out
+
+    first, *_, last = read_metrics(tmp_path / "r")
+    rows = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    start = [row for row in rows if row["update"] == 0]
+    prompts = [common.Prompt(row["prompt"], [], {}) for row in start]
+    reward = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend(), micro_batch_size=32)
+    scores_B = reward.scores(prompts, [row["response"] for row in start]) + config["reward_mean"]
+    torch.testing.assert_close(torch.tensor([row["reward"] for row in start]), scores_B, atol=1e-4, rtol=1e-4)
+    accuracy = (scores_B[::2] > scores_B[1::2]).float().mean().item()
+    assert first["eval_accuracy"] == pytest.approx(accuracy, abs=1e-6) and accuracy > 0.8
+    assert abs(last["eval_accuracy"] - accuracy) < 0.1
+
+    saved = str(tmp_path / "r" / "reward_model")
+    end = [row for row in rows if row["update"] == 2]
+    chosen = common.Reward(saved, backend=start_backend(), micro_batch_size=32).scores(
+        [common.Prompt(row["prompt"], [], {}) for row in end[::2]], [row["response"] for row in end[::2]]
+    )
+    assert chosen.mean().item() == pytest.approx(0.0, abs=1e-4)  # the new zero
+
+
 def test_metrics_and_calibration():
     rows = [dict(reward=r, length=n) for r, n in ((2.0, 1), (0.0, 3), (1.0, 2), (1.0, 2), (0.0, 4), (3.0, 0))]
-    metrics = reward_model.evaluation_metrics(rows)
+    metrics = common.pair_metrics(rows)
     assert metrics["eval_accuracy"] == 0.5 and metrics["eval_margin"] == pytest.approx(-1 / 3)
     assert metrics["eval_length_correlation"] < -0.8
-    table = reward_model.calibration_table(rows).splitlines()
+    table = common.calibration_table(rows).splitlines()
     assert table[1].split() == ["0.5", "to", "0.6", "1", "0.50", "0.00"] and len(table) == 6
     assert table[4].split()[3:] == ["1", "0.88", "1.00"] and table[5].split()[3:] == ["1", "0.95", "0.00"]

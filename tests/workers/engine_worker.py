@@ -72,7 +72,7 @@ def with_plain_torch(model, updates=5, restart=None, dtype="float32"):
 
 def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poison=None, restart=None, **flags):
     """-> (gradient norms, weights, skipped steps after each update); `poison`: in the second, on the last rank."""
-    backend = start_backend(zero_stage=zero_stage, micro_batch_size=micro_batch_size, **flags)
+    backend = start_backend(zero_stage=zero_stage, **flags)
     rank, world_size = backend.rank, backend.world_size
     rows = ROWS // world_size
     policy = as_policy(model)
@@ -99,7 +99,7 @@ def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poiso
 
 def rollout_and_train(model) -> list:
     """ZeRO-3 with sharded embeddings, ranks whose responses end at different lengths, and several chunks of logits."""
-    backend = start_backend(zero_stage=3, micro_batch_size=4)
+    backend = start_backend(zero_stage=3)
     policy = as_policy(model, common.Sampling(max_prompt_length=3, response_length=12, temperature=1.0, batch_size=4))
     policy.eos_ids = list(range(2, 4000)) if backend.rank else [1]  # rank 1 ends at once, rank 0 goes on
     engine = policy.engine = common.train_engine(policy.engine, backend, 1.0)
