@@ -24,12 +24,16 @@ from conftest import (
     start_backend,
     tiny_model,
 )
+from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 from workers.engine_worker import (
     LEARNING_RATE,
+    MAX_GRAD_NORM,
     POISONS,
     ROWS,
+    PlainWeights,
     as_policy,
+    copy_weights,
     data,
     loss_of,
     on_this_rank,
@@ -41,6 +45,7 @@ from workers.script_worker import run, run_all
 import common
 
 STAGES = [0, 1, 2, 3]
+ROUNDED_GRADIENT = 60 * 2**-9  # bfloat16 rounds by 2^-9, and some 60 operations lie between a weight and the loss
 
 
 def assert_same(found, expected, rtol=1e-5, atol=1e-5):
@@ -87,18 +92,45 @@ def test_a_reset_optimizer_is_a_new_one(zero_stage, offload):
     assert (found[1]["lm_head.weight"] - on).abs().max() > LEARNING_RATE / 10  # else this shows nothing
 
 
-def equal_share(one, other) -> float:
-    """The share of weights that agree to the last bit."""
-    return torch.cat([(one[name] == other[name]).flatten() for name in other]).float().mean().item()
+def share_of_equal_weights(found, expected) -> float:
+    """Of the tensor in which the fewest agree with the rounded `expected` to the last bit."""
+    shares = [(found[name] == weights.bfloat16()).float().mean() for name, weights in expected.items()]
+    return min(shares).item()
 
 
+@pytest.mark.parametrize("restart", [None, 3])
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_bfloat16_equals_plain_torch_with_float32_master_weights(zero_stage):
-    with_and_without = [with_plain_torch(tiny_model("llama"), restart=n, dtype="bfloat16")[1] for n in (3, None)]
-    assert equal_share(*with_and_without) < 0.7  # else this shows nothing
-    for restart, expected in zip((3, None), with_and_without):
-        found = with_the_engine(tiny_model("llama"), zero_stage, restart=restart, dtype="bfloat16")[1]
-        assert equal_share(found, expected) > 0.98
+def test_bfloat16_trains_float32_master_weights(zero_stage, restart):
+    """Plain torch steps on the engine's own gradients, so that rounding in bfloat16 is the same on both sides.
+
+    Float32 arithmetic is left. It differs between processors by some 2^-24 of a weight, and neighbours in bfloat16 are
+    2^-8 apart, so about one weight in 2^16 is rounded to the other side.
+    """
+    engine = trained(tiny_model("llama"), 0, 0.0, zero_stage=zero_stage, dtype="bfloat16")
+    model = tiny_model("llama")
+    for p in model.parameters():  # not buffers, such as rotary frequencies
+        p.data = p.data.bfloat16()
+    module = as_policy(model)
+    plain, never_restarted = PlainWeights(model), PlainWeights(model)
+    for update in range(5):
+        if update == restart:
+            common.reset_optimizer(engine)
+            plain.restart()
+        common.backward(engine, loss_of(engine, slice(None), data()), True)
+        names = dict(engine.module.model.named_parameters())
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in names.items()}
+        model.zero_grad()
+        loss_of(module, slice(None), data()).backward()
+        for name, p in model.named_parameters():
+            assert (gradients[name] - p.grad).norm() < ROUNDED_GRADIENT * p.grad.norm(), name
+        norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
+        assert norm == pytest.approx(plain.step(gradients), rel=1e-5) and norm > MAX_GRAD_NORM and not skipped
+        never_restarted.step(gradients)
+        with common.whole_model(engine) as whole:
+            found = {name: p.detach().clone() for name, p in whole.named_parameters()}
+        assert share_of_equal_weights(found, plain.named) > 0.9  # of the smallest tensors, 32 weights
+        copy_weights(model, found)
+    assert (share_of_equal_weights(found, never_restarted.named) > 0.9) == (restart is None)
 
 
 def test_two_ranks_equal_plain_torch():
