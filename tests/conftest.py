@@ -203,6 +203,20 @@ def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_equal_training(found, expected, learning_rate) -> None:
+    """Both are {name: weights} after some steps of Adam from the same weights.
+
+    Weights differ by a hundredth of a step in the root mean square of a tensor, and none by more than a quarter of one.
+    Where the terms of a gradient cancel, their rounding is left: some 2^-24 of terms near 1. There Adam's step changes
+    by learning_rate / eps, 1e5 learning rates, per unit of gradient. So single weights may be off by more than the rest.
+    """
+    assert found
+    for name, weights in found.items():
+        difference = (weights - expected[name]).detach()
+        assert difference.abs().max() <= learning_rate / 4, name
+        assert difference.square().mean().sqrt() <= learning_rate / 100, name
+
+
 # ---------------------------------------------------------------- Models
 
 

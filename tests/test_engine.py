@@ -16,6 +16,7 @@ from conftest import (
     EXAMPLE,
     ROOT,
     SCRIPTS,
+    assert_equal_training,
     assert_ok,
     forked,
     launch,
@@ -48,11 +49,9 @@ STAGES = [0, 1, 2, 3]
 ROUNDED_GRADIENT = 60 * 2**-9  # bfloat16 rounds by 2^-9, and some 60 operations lie between a weight and the loss
 
 
-def assert_same(found, expected, rtol=1e-5, atol=1e-5):
-    """atol is a hundredth of a step: Adam turns the rounding noise of gradients that are 0 (key biases) into steps."""
-    assert found[0] == pytest.approx(expected[0], rel=rtol)
-    for name, weights in expected[1].items():
-        torch.testing.assert_close(found[1][name], weights, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_equal_training(found[1], expected[1], LEARNING_RATE)
 
 
 # ---------------------------------------------------------------- The engine against plain torch
@@ -268,13 +267,11 @@ def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
 
 
 def assert_same_training(found, expected, rate="1e-3"):
-    """Gradients of all steps to a relative 1e-5; weights to a hundredth of a step, since Adam enlarges noise."""
+    """Gradients of all steps agree to a relative 1e-5, and the weights."""
     assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 4
     for new, old in zip(found["gradients"], expected["gradients"]):
         assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
-    assert expected["weights"]
-    for name, weights in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weights, rtol=1e-6, atol=0.01 * float(rate))
+    assert_equal_training(found["weights"], expected["weights"], float(rate))
 
 
 @functools.cache
