@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, assert_ok, flags_of, run_script, together
+from conftest import ROOT, SCRIPTS, assert_ok, fields_of, run_script, together
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
@@ -188,7 +188,7 @@ def test_every_row_of_the_results_says_how_it_is_measured_again():
             module = row["script"].removesuffix(".py")
             if module in SCRIPTS:  # and no flag has been renamed or removed since
                 flags = re.findall(r" --([a-z0-9-]+)", f" {row['flags']}")
-                assert {flag.replace("-", "_") for flag in flags} <= flags_of(module).keys(), row["flags"]
+                assert {flag.replace("-", "_") for flag in flags} <= fields_of(module).keys(), row["flags"]
             count += 1
     assert count > 400
 
