@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing.connection
 import os
@@ -116,7 +117,7 @@ def launch_command(name: str, *flags, ranks: int = 1, launcher: str = "torchrun"
 
 @contextlib.contextmanager
 def cores_for(ranks: int):
-    """Several ranks count as two cores. Over all workers of pytest-xdist, no more groups of them run than there is room."""
+    """Several ranks count as two cores: over all workers of pytest-xdist, no more groups run than there is room for."""
     workers = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if ranks == 1 or workers is None:
         yield
@@ -124,12 +125,14 @@ def cores_for(ranks: int):
     locks = []
     for number in range(max(1, os.cpu_count() // 2)):
         locks.append(FileLock(Path(tempfile.gettempdir(), f"pytest-{workers}-cores-{number}")))
-    while True:
-        for lock in locks:
-            with contextlib.suppress(Timeout):
-                with lock.acquire(timeout=0.1):
-                    yield
-                    return
+    for lock in itertools.cycle(locks):
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0.1)
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def launch(name: str, *flags, cwd=ROOT, ranks: int = 1, **launching) -> subprocess.CompletedProcess:

@@ -276,11 +276,11 @@ REFUSED_PAIRS += "empty_prompts prompt_200k_chars special_tokens_in_text gsm8k_o
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_runs_on_the_broken_files_of_the_development_data(tmp_path, capsys, script):
     pairs, tried = script in PAIRS, 0
-    own = dict(reward_model=[], dpo=[], spr="--response-length 4 --num-minibatches 1 --num-samples 2".split())
-    own["spr_token"] = own["spr"]
+    own = [] if pairs else ["--response-length", 4]
+    own += SCRIPTS[script].one_step.split()
     for path in sorted((SHARED / "data" / "bad").glob("*.jsonl")):
         flags = ["--dataset", path, "--total-episodes", 4, "--batch-size", 2, "--eval-every", 0, "--eval-size", 1]
-        flags += ["--max-prompt-length", 8, *own.get(script, ["--response-length", 4])]
+        flags += ["--max-prompt-length", 8, *own]
         status = run_here(script, *flags, "--output-dir", tmp_path / path.stem)
         if path.stem in (REFUSED_PAIRS if pairs else [*REFUSED, *NO_PROMPTS]):
             assert status == 2 and str(path) in one_error(capsys), path
@@ -615,6 +615,7 @@ def spoil_checkpoint(folder):
         path.write_bytes(path.read_bytes()[:100])
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize(
     "spoil", [spoil_args, no_args, args_list, no_checkpoint, no_update, spoil_latest, spoil_checkpoint]
 )
@@ -627,6 +628,7 @@ def test_runs_that_cannot_be_resumed(tmp_path, capsys, a_run, spoil):
     assert contents(tmp_path / "r") == before
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -645,6 +647,7 @@ def test_a_run_is_resumed_with_its_own_flags_only(tmp_path, capsys, a_run, chang
     assert message in one_error(capsys) and contents(tmp_path / "r") == before
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "remax"])
 def test_a_run_is_resumed_by_its_own_script_only(capsys, a_run, script):
     before = contents(a_run)
@@ -722,6 +725,7 @@ def test_models_never_run_code_of_their_own(tmp_path, capsys, monkeypatch, role,
     assert str(folder) in one_error(capsys) and not boom.exists()
 
 
+@pytest.mark.xdist_group("a_run")
 def test_a_resumed_folder_is_the_exception(tmp_path, a_run):
     """The README's warning is true: a checkpoint is a pickle, and loading it runs the code that it holds."""
     shutil.copytree(a_run, tmp_path / "r")

@@ -272,6 +272,7 @@ def on_one_rank(script):
         return run(**case(script, folder, 0, 16))
 
 
+@pytest.mark.xdist_group("on_one_rank")
 @pytest.mark.parametrize("offload", [False, True])
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""

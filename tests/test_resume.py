@@ -36,8 +36,8 @@ FLAGS = "--total-episodes 48 --batch-size 8 --eval-size 7 --eval-every 2 --save-
 
 
 def run_flags(script) -> list:
-    own = dict(spr=["--num-samples", "3"], spr_token="--num-samples 2 --value-epochs 1".split()).get(script, [])
-    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *own]
+    more = dict(spr="--num-samples 3", spr_token="--num-samples 2 --value-epochs 1").get(script, "")  # several steps
+    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *more.split()]
 
 
 def latest(folder) -> int:
