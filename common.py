@@ -13,7 +13,7 @@ import os
 # cores then lack. An update beside two of them took ten times as long. The threads' library reads this when torch is
 # first imported, so it stands above that; what a user has set goes first.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib
 import copy
