@@ -7,6 +7,14 @@ Names carry their shape: B rows, P prompt tokens (left-padded), T response token
 D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the first EOS.
 """
 
+import os
+
+# Threads of torch spin while they wait for each other: by default for milliseconds, which other processes on the same
+# cores then lack. An update beside two of them took ten times as long. The threads' library reads this when torch is
+# first imported, so it stands above that; what a user has set goes first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import contextlib
 import copy
 import csv
@@ -21,7 +29,6 @@ import json
 import logging
 import math
 import numbers
-import os
 import random
 import resource
 import shutil
@@ -1109,8 +1116,16 @@ def load_value_model(reward_model, policy, sampling: Sampling, backend) -> Scala
     return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
 
 
+def limit_threads(module):
+    """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
+    if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
+        parameters = sum(p.numel() for p in module.parameters())
+        torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
+
+
 def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
+    limit_threads(module)
     dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
     zero = dict(stage=backend.zero_stage)
     if backend.offload:

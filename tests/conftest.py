@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing.connection
 import os
@@ -23,6 +24,7 @@ os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # the tests' own pr
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "reviews"
@@ -32,14 +34,55 @@ sys.path.insert(0, str(ROOT))
 EXAMPLE_DATA = ["--dataset", EXAMPLE / "prompts.jsonl", "--eval-dataset", EXAMPLE / "prompts_test.jsonl"]
 EXAMPLE_DATA += ["--reward-model", EXAMPLE / "reward_model"]  # to be named beside a model of one's own
 EXAMPLE_PAIRS = ["--dataset", EXAMPLE / "preferences.jsonl"]
-SCRIPTS = ("remax", "reinforce", "ppo", "spr", "spr_token", "reward_model", "dpo")
-PAIRS = ("reward_model", "dpo")  # those that learn from preferences
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """All that the tests need to know of a script. Flags are one text.
+
+    `one_step`: flags under which an update is one optimizer step of each model. `busy`: flags under which all that the
+    script can do is at work, in at least five steps of 8 rows; test_engine.py and test_devices.py train with them.
+    """
+
+    name: str
+    data: str  # "prompts", to which it samples responses, or "pairs"
+    one_step: str = ""
+    busy: str = ""
+    busy_episodes: int = 40
+    models: int = 1  # in training
+
+
+# A new script needs one entry here, and its row in the README.
+ENTRIES = [
+    Script("remax", data="prompts", busy="--num-samples 2"),
+    Script("reinforce", data="prompts", busy="--num-samples 2 --baseline leave-one-out"),
+    Script("ppo", data="prompts", one_step="--num-epochs 1", busy="--num-epochs 2", models=2),
+    Script(
+        "spr",
+        data="prompts",
+        one_step="--num-epochs 1 --num-minibatches 1 --num-samples 3",
+        busy="--num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
+        busy_episodes=16,
+    ),
+    Script(
+        "spr_token",
+        data="prompts",
+        one_step="--num-epochs 1 --num-minibatches 1 --num-samples 1 --value-epochs 1",
+        busy="--num-samples 1 --num-minibatches 1 --num-epochs 2 --beta 2 --value-epochs 2 --td-lambda 0.5 --gamma 0.9",
+        busy_episodes=16,
+        models=2,
+    ),
+    Script("reward_model", data="pairs"),
+    Script("dpo", data="pairs"),
+]
+SCRIPTS = {entry.name: entry for entry in ENTRIES}
+PAIRS = [entry.name for entry in ENTRIES if entry.data == "pairs"]
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
 
 
-def flags_of(script: str) -> dict[str, dataclasses.Field]:
+def fields_of(script: str) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(importlib.import_module(script).Args)}
 
 
@@ -72,10 +115,31 @@ def launch_command(name: str, *flags, ranks: int = 1, launcher: str = "torchrun"
     return [sys.executable, *(launchers[launcher] if ranks > 1 else []), str(ROOT / name), *map(str, flags)]
 
 
-def launch(name: str, *flags, cwd=ROOT, **launching) -> subprocess.CompletedProcess:
+@contextlib.contextmanager
+def cores_for(ranks: int):
+    """Several ranks count as two cores: over all workers of pytest-xdist, no more groups run than there is room for."""
+    workers = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if ranks == 1 or workers is None:
+        yield
+        return
+    locks = []
+    for number in range(max(1, os.cpu_count() // 2)):
+        locks.append(FileLock(Path(tempfile.gettempdir(), f"pytest-{workers}-cores-{number}")))
+    for lock in itertools.cycle(locks):
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0.1)
+            break
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def launch(name: str, *flags, cwd=ROOT, ranks: int = 1, **launching) -> subprocess.CompletedProcess:
     """A script as a user runs it. It takes 4 s to start, so most tests use `run_script`."""
-    command = launch_command(name, *flags, **launching)
-    return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
+    command = launch_command(name, *flags, ranks=ranks, **launching)
+    with cores_for(ranks):
+        return subprocess.run(command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=300)
 
 
 @functools.cache
@@ -96,6 +160,7 @@ def started(function, *args, ranks: int = 1, cwd=ROOT):
     Each has the paths of its output: `out` and `err`.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cores_for(ranks))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -195,12 +260,33 @@ def run_here(script: str, *flags) -> int:
     return 0
 
 
+def one_error(capsys) -> str:
+    """The error line on standard error, which must be the only one."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
 def assert_ok(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_training(found, expected, learning_rate) -> None:
+    """Both are {name: weights} after some steps of Adam from the same weights.
+
+    Weights differ by a hundredth of a step in the root mean square of a tensor, and none by more than a quarter of one.
+    Where the terms of a gradient cancel, their rounding is left: some 2^-24 of terms near 1. There Adam's step changes
+    by learning_rate / eps, 1e5 learning rates, per unit of gradient. So some weights may be off by more than the rest.
+    """
+    assert found
+    for name, weights in found.items():
+        difference = (weights - expected[name]).detach()
+        assert difference.abs().max() <= learning_rate / 4, name
+        assert difference.square().mean().sqrt() <= learning_rate / 100, name
 
 
 # ---------------------------------------------------------------- Models

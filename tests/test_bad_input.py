@@ -23,6 +23,7 @@ from conftest import (
     SCRIPTS,
     SHARED,
     example_tokenizer,
+    one_error,
     read_metrics,
     run_here,
     run_script,
@@ -35,13 +36,6 @@ import common
 
 POLICY, REWARD_MODEL = EXAMPLE / "policy", EXAMPLE / "reward_model"
 SHORT = "--total-episodes 8 --batch-size 4 --eval-every 0 --max-prompt-length 16".split()
-
-
-def one_line(capsys) -> str:
-    """The error line, which must be the only one."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 # ---------------------------------------------------------------- Flags
@@ -217,7 +211,7 @@ def refused(capsys, path, tokenizer) -> str:
     with pytest.raises(SystemExit) as error:
         common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, 8)
     assert error.value.code == 2
-    return one_line(capsys)
+    return one_error(capsys)
 
 
 @pytest.mark.parametrize("name", PROMPT_FILES)
@@ -282,17 +276,17 @@ REFUSED_PAIRS += "empty_prompts prompt_200k_chars special_tokens_in_text gsm8k_o
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_runs_on_the_broken_files_of_the_development_data(tmp_path, capsys, script):
     pairs, tried = script in PAIRS, 0
-    own = dict(reward_model=[], dpo=[], spr="--response-length 4 --num-minibatches 1 --num-samples 2".split())
-    own["spr_token"] = own["spr"]
+    own = [] if pairs else ["--response-length", 4]
+    own += SCRIPTS[script].one_step.split()
     for path in sorted((SHARED / "data" / "bad").glob("*.jsonl")):
         flags = ["--dataset", path, "--total-episodes", 4, "--batch-size", 2, "--eval-every", 0, "--eval-size", 1]
-        flags += ["--max-prompt-length", 8, *own.get(script, ["--response-length", 4])]
+        flags += ["--max-prompt-length", 8, *own]
         status = run_here(script, *flags, "--output-dir", tmp_path / path.stem)
         if path.stem in (REFUSED_PAIRS if pairs else [*REFUSED, *NO_PROMPTS]):
-            assert status == 2 and str(path) in one_line(capsys), path
+            assert status == 2 and str(path) in one_error(capsys), path
             assert not (tmp_path / path.stem).exists()
         elif status:  # responses are longer than the tiny model's context: nothing is left, and a line says so
-            assert pairs and "dropped" in one_line(capsys), path
+            assert pairs and "dropped" in one_error(capsys), path
         else:
             assert len(read_metrics(tmp_path / path.stem)) == 2
         tried += 1
@@ -406,7 +400,7 @@ def test_models_that_cannot_be_trained(tmp_path, capsys, script, make):
     make(tmp_path / "m", example_tokenizer())
     data = EXAMPLE_PAIRS if script in PAIRS else EXAMPLE_DATA
     assert run_here(script, *SHORT, "--model", tmp_path / "m", *data, "--output-dir", tmp_path / "r") == 2
-    line = one_line(capsys)
+    line = one_error(capsys)
     assert MODELS[make][1] in line and str(tmp_path / "m") in line, line
     assert not (tmp_path / "r").exists()
 
@@ -504,7 +498,7 @@ def test_reward_models_that_cannot_be_trained_further(tmp_path, capsys, make):
     make(tmp_path / "m", example_tokenizer())
     flags = ["--model", tmp_path / "m", *EXAMPLE_PAIRS, "--output-dir", tmp_path / "r"]
     assert run_here("reward_model", *SHORT, *flags) == 2
-    line = one_line(capsys)
+    line = one_error(capsys)
     assert f"{tmp_path / 'm'}: {HEADS[make]}" in line, line
     assert not (tmp_path / "r").exists()
 
@@ -515,7 +509,7 @@ def test_these_are_not_policies(tmp_path, capsys, make):
     make(tmp_path / "m", example_tokenizer())
     assert run_here("remax", *SHORT, "--model", tmp_path / "m", *EXAMPLE_DATA, "--output-dir", tmp_path / "r") == 2
     expected = "is a reward model" if make == mlp_head else HEADS[make]
-    assert f"{tmp_path / 'm'}: {expected}" in one_line(capsys)
+    assert f"{tmp_path / 'm'}: {expected}" in one_error(capsys)
 
 
 REWARD_MODELS = HEADS | {
@@ -533,7 +527,7 @@ def test_models_that_cannot_score(tmp_path, capsys, make, script):
     (tmp_path / "rm").mkdir()
     make(tmp_path / "rm", example_tokenizer())
     assert run_here(script, *SHORT, "--reward-model", tmp_path / "rm", "--output-dir", tmp_path / "r") == 2
-    line = one_line(capsys)
+    line = one_error(capsys)
     assert f"{tmp_path / 'rm'}: " in line and REWARD_MODELS[make] in line, line
     assert not (tmp_path / "r").exists()
 
@@ -581,7 +575,7 @@ def test_models_whose_log_probabilities_would_be_wrong(monkeypatch, capsys, spoi
     spoil(model)
     with pytest.raises(SystemExit) as error:
         common.load_policy("m", example_tokenizer(), sampling, start_backend())
-    line = one_line(capsys)
+    line = one_error(capsys)
     assert error.value.code == 2 and "m: a LlamaForCausalLM is not supported: it " in line
     assert ("when it decodes" in line) == (spoil == seen_padding_in_decoding)
 
@@ -611,7 +605,7 @@ def test_reward_functions_that_misbehave_in_training(tmp_path, capsys, body, scr
     spec = f"{tmp_path}/f.py:reward"
     found = run_here(script, *SHORT, flag, spec, "--output-dir", tmp_path / "r")
     status, message = CODE[body]
-    assert f"{spec} {message}" in one_line(capsys) and found == status
+    assert f"{spec} {message}" in one_error(capsys) and found == status
 
 
 @pytest.mark.parametrize(
@@ -630,7 +624,7 @@ def test_reward_functions_that_are_not_there(tmp_path, capsys, spec, code, messa
     (tmp_path / "f.py").write_text(code)
     flags = ["--reward-function", tmp_path / spec, "--output-dir", tmp_path / "r"]
     assert run_here("remax", *SHORT, *flags) == (1 if "raised" in message else 2)
-    line = one_line(capsys)
+    line = one_error(capsys)
     assert message in line and str(tmp_path / spec) in line and not (tmp_path / "r").exists()
 
 
@@ -646,7 +640,7 @@ def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path, capsys, name):
     (tmp_path / "r" / name).parent.mkdir(parents=True)
     (tmp_path / "r" / name).write_text("precious")
     assert run_here("remax", *SHORT, "--output-dir", tmp_path / "r") == 2
-    assert f"--output-dir {tmp_path / 'r'} " in one_line(capsys)
+    assert f"--output-dir {tmp_path / 'r'} " in one_error(capsys)
     assert contents(tmp_path / "r") == {tmp_path / "r" / name: b"precious"}
 
 
@@ -654,7 +648,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     for output in (tmp_path / "file", tmp_path / "file" / "r"):
         assert run_here("remax", *SHORT, "--output-dir", output) == 2
-        assert f"--output-dir {output}: " in one_line(capsys)
+        assert f"--output-dir {output}: " in one_error(capsys)
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -701,6 +695,7 @@ def spoil_checkpoint(folder):
         path.write_bytes(path.read_bytes()[:100])
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize(
     "spoil", [spoil_args, no_args, args_list, no_checkpoint, no_update, spoil_latest, spoil_checkpoint]
 )
@@ -709,10 +704,11 @@ def test_runs_that_cannot_be_resumed(tmp_path, capsys, a_run, spoil):
     spoil(tmp_path / "r")
     before = contents(tmp_path / "r")
     assert run_here("remax", "--resume", tmp_path / "r") == 2
-    assert f"--resume {tmp_path / 'r'}: " in one_line(capsys)
+    assert f"--resume {tmp_path / 'r'}: " in one_error(capsys)
     assert contents(tmp_path / "r") == before
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -728,14 +724,15 @@ def test_a_run_is_resumed_with_its_own_flags_only(tmp_path, capsys, a_run, chang
     before = contents(tmp_path / "r")
     flags = ["--learning-rate", "0.0002", "--zero-stage", "0"]
     assert run_here("remax", "--resume", tmp_path / "r", *flags) == 2
-    assert message in one_line(capsys) and contents(tmp_path / "r") == before
+    assert message in one_error(capsys) and contents(tmp_path / "r") == before
 
 
+@pytest.mark.xdist_group("a_run")
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "remax"])
 def test_a_run_is_resumed_by_its_own_script_only(capsys, a_run, script):
     before = contents(a_run)
     assert run_here(script, "--resume", a_run) == 2
-    assert "of another script" in one_line(capsys) and contents(a_run) == before
+    assert "of another script" in one_error(capsys) and contents(a_run) == before
 
 
 # ---------------------------------------------------------------- Code, network, secrets
@@ -805,9 +802,10 @@ def test_models_never_run_code_of_their_own(tmp_path, capsys, monkeypatch, role,
     shutil.copytree(POLICY if role == "--model" else REWARD_MODEL, folder)
     make(folder, boom)
     assert run_here("remax", *WHOLE, role, folder, "--output-dir", tmp_path / "r") == 2
-    assert str(folder) in one_line(capsys) and not boom.exists()
+    assert str(folder) in one_error(capsys) and not boom.exists()
 
 
+@pytest.mark.xdist_group("a_run")
 def test_a_resumed_folder_is_the_exception(tmp_path, a_run):
     """The README's warning is true: a checkpoint is a pickle, and loading it runs the code that it holds."""
     shutil.copytree(a_run, tmp_path / "r")

@@ -8,7 +8,7 @@ import sys
 import typing
 
 import pytest
-from conftest import ROOT, SCRIPTS, assert_ok, flags_of, run_script, together
+from conftest import ROOT, SCRIPTS, assert_ok, fields_of, run_script, together
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import choice  # noqa: E402
@@ -203,7 +203,7 @@ def test_every_method_has_a_grid_of_three_or_more_values_and_its_flags_are_the_s
         module = row["script"].removesuffix(".py")
         if module in SCRIPTS:
             flags = re.findall(r" --([a-z0-9-]+)", f" {row['flags']}")
-            missing = {flag.replace("-", "_") for flag in flags} - flags_of(module).keys()
+            missing = {flag.replace("-", "_") for flag in flags} - fields_of(module).keys()
             assert missing <= {"lora_rank"}, row["flags"]
 
 
@@ -384,7 +384,7 @@ def test_every_row_of_the_results_says_how_it_is_measured_again():
             module = row["script"].removesuffix(".py")
             if module in SCRIPTS:  # and no flag has been renamed or removed since
                 flags = re.findall(r" --([a-z0-9-]+)", f" {row['flags']}")
-                assert {flag.replace("-", "_") for flag in flags} <= flags_of(module).keys(), row["flags"]
+                assert {flag.replace("-", "_") for flag in flags} <= fields_of(module).keys(), row["flags"]
             count += 1
     assert count > 400
 

@@ -153,26 +153,19 @@ def fake_device():
 
 FLAGS = "--batch-size 4 --total-episodes 8 --micro-batch-size 3 --eval-every 1 --eval-size 3".split()
 ROLLOUT_FLAGS = "--response-length 6 --max-prompt-length 12".split()
-OWN_FLAGS = dict(
-    remax="--num-samples 2",
-    reinforce="--baseline leave-one-out --num-samples 2",
-    ppo="--num-epochs 2 --num-minibatches 2 --gradient-checkpointing",
-    spr="--num-samples 2 --num-minibatches 2",
-    spr_token="--num-samples 2 --num-minibatches 1 --num-epochs 1 --value-epochs 1",
-    reward_model="",
-    dpo=f"--gold-reward-function {EXAMPLE / 'sentiment.py:reward'}",
-)
 
 
-def flags_of(script, folder) -> list:
-    rollout_flags = [] if script in PAIRS else ROLLOUT_FLAGS
-    return [*FLAGS, *rollout_flags, *OWN_FLAGS[script].split(), "--output-dir", folder]
+def run_flags(script, folder) -> list:
+    own = [] if script in PAIRS else [*ROLLOUT_FLAGS]
+    own += ["--gradient-checkpointing"] if script == "ppo" else []
+    own += ["--gold-reward-function", EXAMPLE / "sentiment.py:reward"] if script == "dpo" else []
+    return [*FLAGS, *own, *SCRIPTS[script].busy.split(), "--output-dir", folder]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_updates_an_evaluation_and_the_final_check(tmp_path, script):
     with fake_device():
-        assert run_here(script, *flags_of(script, tmp_path / "r")) == 0
+        assert run_here(script, *run_flags(script, tmp_path / "r")) == 0
     rows = read_metrics(tmp_path / "r")
     assert [row["update"] for row in rows] == [0, 1, 2] and rows[2]["grad_norm"] > 0
     assert any(name.startswith("eval_") for name in rows[2])
@@ -181,8 +174,8 @@ def test_two_updates_an_evaluation_and_the_final_check(tmp_path, script):
 def test_the_device_changes_nothing(tmp_path):
     """The fake device computes: its metrics are those of the CPU and DeepSpeed's engine."""
     with fake_device():
-        assert run_here("remax", *flags_of("remax", tmp_path / "fake")) == 0
-    assert run_here("remax", *flags_of("remax", tmp_path / "cpu")) == 0
+        assert run_here("remax", *run_flags("remax", tmp_path / "fake")) == 0
+    assert run_here("remax", *run_flags("remax", tmp_path / "cpu")) == 0
     for fake, cpu in zip(read_metrics(tmp_path / "fake"), read_metrics(tmp_path / "cpu")):
         for name in ("reward", "eval_reward", "eval_log_ratio", "kl", "loss", "grad_norm"):
             if name in cpu:
@@ -219,4 +212,4 @@ PLANTED = [
 @pytest.mark.parametrize("target, name, planted, expected", PLANTED, ids=[case[1] for case in PLANTED])
 def test_a_planted_mix_is_caught(tmp_path, target, name, planted, expected):
     with fake_device(), patch.object(target, name, planted), pytest.raises(RuntimeError, match=expected):
-        run_here("remax", *flags_of("remax", tmp_path / "r"))
+        run_here("remax", *run_flags("remax", tmp_path / "r"))

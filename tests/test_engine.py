@@ -1,6 +1,7 @@
 """Stages, micro-batches, ranks, nodes and offloading do not change the mathematics of the engine or of a script."""
 
 import functools
+import itertools
 import json
 import math
 import socket
@@ -17,6 +18,7 @@ from conftest import (
     EXAMPLE,
     ROOT,
     SCRIPTS,
+    assert_equal_training,
     assert_ok,
     forked,
     launch,
@@ -26,11 +28,15 @@ from conftest import (
     start_backend,
     tiny_model,
 )
+from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from workers.engine_worker import (
     LEARNING_RATE,
+    MAX_GRAD_NORM,
     POISONS,
+    PlainWeights,
     as_policy,
+    copy_weights,
     data,
     loss_of,
     on_this_rank,
@@ -42,13 +48,12 @@ from workers.script_worker import run, run_all
 import common
 
 STAGES = [0, 1, 2, 3]
+ROUNDED_GRADIENT = 60 * 2**-9  # bfloat16 rounds by 2^-9, and some 60 operations lie between a weight and the loss
 
 
-def assert_same(found, expected, rtol=1e-5, atol=1e-5):
-    """atol is a hundredth of a step: Adam turns the rounding noise of gradients that are 0 (key biases) into steps."""
-    assert found[0] == pytest.approx(expected[0], rel=rtol)
-    for name, weights in expected[1].items():
-        torch.testing.assert_close(found[1][name], weights, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_equal_training(found[1], expected[1], LEARNING_RATE)
 
 
 # ---------------------------------------------------------------- The engine against plain torch
@@ -88,18 +93,47 @@ def test_a_reset_optimizer_is_a_new_one(zero_stage, offload):
     assert (found[1]["lm_head.weight"] - on).abs().max() > LEARNING_RATE / 10  # else this shows nothing
 
 
-def equal_share(one, other) -> float:
-    """The share of weights that agree to the last bit."""
-    return torch.cat([(one[name] == other[name]).flatten() for name in other]).float().mean().item()
+def share_of_equal_weights(found, expected) -> float:
+    """Of the tensor in which the fewest agree with the rounded `expected` to the last bit."""
+    shares = [(found[name] == weights.bfloat16()).float().mean() for name, weights in expected.items()]
+    return min(shares).item()
 
 
+@pytest.mark.parametrize("restart", [None, 3])
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_bfloat16_equals_plain_torch_with_float32_master_weights(zero_stage):
-    with_and_without = [with_plain_torch(tiny_model("llama"), restart=n, dtype="bfloat16")[1] for n in (3, None)]
-    assert equal_share(*with_and_without) < 0.7  # else this shows nothing
-    for restart, expected in zip((3, None), with_and_without):
-        found = with_the_engine(tiny_model("llama"), zero_stage, restart=restart, dtype="bfloat16")[1]
-        assert equal_share(found, expected) > 0.98
+def test_bfloat16_trains_float32_master_weights(zero_stage, restart):
+    """Plain torch steps on the engine's own gradients, so that rounding in bfloat16 is the same on both sides.
+
+    Float32 arithmetic is left. It differs between processors by some 2^-24 of a weight, and neighbours in bfloat16 are
+    2^-8 apart, so about one weight in 2^16 is rounded to the other side.
+    """
+    engine = trained(tiny_model("llama"), 0, 0.0, zero_stage=zero_stage, dtype="bfloat16")
+    model = tiny_model("llama")
+    for p in model.parameters():  # not buffers, such as rotary frequencies
+        p.data = p.data.bfloat16()
+    module = as_policy(model).engine
+    plain, never_restarted = PlainWeights(model), PlainWeights(model)
+    for update in range(5):
+        if update == restart:
+            common.reset_optimizer(engine)
+            plain.restart()
+        common.backward(engine, loss_of(engine, slice(None), data()), True)
+        names = dict(engine.module.model.named_parameters())
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in names.items()}
+        model.zero_grad()
+        loss_of(module, slice(None), data()).backward()
+        for name, p in model.named_parameters():
+            assert (gradients[name] - p.grad).norm() < ROUNDED_GRADIENT * p.grad.norm(), name
+        norm, skipped = common.optimizer_step(engine, LEARNING_RATE)
+        assert norm == pytest.approx(plain.step(gradients), rel=1e-5) and norm > MAX_GRAD_NORM and not skipped
+        never_restarted.step(gradients)
+        with common.gathered(engine):
+            found = {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
+        assert share_of_equal_weights(found, plain.named) > 0.9  # the smallest tensors have 32 weights
+        for name, weights in plain.named.items():  # each is the nearest number or its neighbour
+            torch.testing.assert_close(found[name].float(), weights, rtol=2**-7, atol=LEARNING_RATE / 100)
+        copy_weights(model, found)
+    assert (share_of_equal_weights(found, never_restarted.named) > 0.9) == (restart is None)
 
 
 def test_two_ranks_equal_plain_torch():
@@ -226,34 +260,23 @@ def test_learning_rate_schedules():
 # ---------------------------------------------------------------- The scripts
 
 FLAGS = "--batch-size 8 --eval-every 0 --lr-schedule constant --warmup-ratio 0 --max-grad-norm 1"
-OWN = dict(
-    remax="--total-episodes 40 --response-length 8 --num-samples 2",
-    reinforce="--total-episodes 40 --response-length 8 --num-samples 2 --baseline leave-one-out",
-    ppo="--total-episodes 40 --response-length 8 --num-epochs 2",
-    spr="--total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
-    spr_token="""
-        --total-episodes 16 --response-length 8 --num-samples 1 --num-minibatches 1 --num-epochs 2
-        --beta 2 --value-epochs 2 --td-lambda 0.5 --gamma 0.9
-    """,
-    reward_model="--total-episodes 40",
-    dpo="--total-episodes 40",
-)
 
 
 def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
-    flags = f"{FLAGS} {OWN[script]} --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
+    entry = SCRIPTS[script]
+    length = "" if entry.data == "pairs" else "--response-length 8"
+    flags = f"{FLAGS} --total-episodes {entry.busy_episodes} {length} {entry.busy}"
+    flags += f" --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
     name = name or f"{script}-{stage}-{micro}-{rate}{more}"
     return dict(script=script, flags=[*flags.split(), "--output-dir", f"{folder}/{name}"], fixed=True)
 
 
 def assert_same_training(found, expected, rate="1e-3"):
-    """Gradients of all steps to a relative 1e-5; weights to a hundredth of a step, since Adam enlarges noise."""
+    """Gradients of all steps agree to a relative 1e-5, and the weights."""
     assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 4
     for new, old in zip(found["gradients"], expected["gradients"]):
         assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
-    assert expected["weights"]
-    for name, weights in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weights, rtol=1e-6, atol=0.01 * float(rate))
+    assert_equal_training(found["weights"], expected["weights"], float(rate))
 
 
 @functools.cache
@@ -262,14 +285,15 @@ def on_one_rank(script):
         return run(**case(script, folder, 0, 16))
 
 
+@pytest.mark.xdist_group("on_one_rank")
 @pytest.mark.parametrize("offload", [False, True])
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
-    stages, more = ((1, 3, 2, 3, 2, 2, 3), "--offload") if offload else ((3, 1, 2, 0, 3, 0, 2), "")
-    cells = [(script, stage, 3) for script, stage in zip(SCRIPTS, stages, strict=True)]
-    cases = [case(script, tmp_path / "two", stage, micro, more=more) for script, stage, micro in cells]
+    stages, more = ((1, 3, 2), "--offload") if offload else ((3, 1, 2, 0), "")
+    stages = itertools.islice(itertools.cycle(stages), len(SCRIPTS))
+    cases = [case(script, tmp_path / "two", stage, 3, more=more) for script, stage in zip(SCRIPTS, stages)]
     results = forked(run_all, cases, ranks=2)
-    for (script, *_), found in zip(cells, results, strict=True):
+    for script, found in zip(SCRIPTS, results, strict=True):
         assert_same_training(found, on_one_rank(script))
 
 

@@ -81,6 +81,7 @@ def shown(out: str) -> list[tuple[str, dict]]:
     return blocks
 
 
+@pytest.mark.xdist_group("examples")
 def test_compare_shows_the_responses_and_rewards_that_the_run_has_measured(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     policies = (EXAMPLE / "policy", run, run / "policy")
@@ -106,6 +107,7 @@ def test_compare_shows_the_responses_and_rewards_that_the_run_has_measured(run, 
         assert len(set(texts["B", "sampled"])) == 2
 
 
+@pytest.mark.xdist_group("examples")
 def test_compare_reads_typed_prompts(digits, tmp_path):
     command = launch_command("examples/compare.py", EXAMPLE / "policy", digits, "--typed", "--max-prompt-length", 16)
     environment = script_environment() | dict(COLUMNS="60")
@@ -119,6 +121,7 @@ def test_compare_reads_typed_prompts(digits, tmp_path):
     assert max(map(len, responses)) <= 60 and any(line.startswith(" " * 18) for line in responses)
 
 
+@pytest.mark.xdist_group("examples")
 def test_a_typed_message_goes_through_the_chat_template(digits, monkeypatch):
     from tokenizers import processors
 
@@ -138,6 +141,7 @@ def test_a_typed_message_goes_through_the_chat_template(digits, monkeypatch):
         assert prompt.ids == tokenizer.convert_tokens_to_ids(list(wanted))  # the template writes its own special tokens
 
 
+@pytest.mark.xdist_group("examples")
 def test_compare_shows_prompts_that_all_tokenizers_can_read(digits, tmp_path):
     """And the rewards of a function, which gets the columns of the prompt's own row."""
     rows = [dict(prompt=text, number=i) for i, text in enumerate(("The plot", "12 films", "no films", "3 films"))]
@@ -164,6 +168,7 @@ def test_compare_refuses_in_one_line(monkeypatch, capsys, tmp_path):
 # ---------------------------------------------------------------- plot.py
 
 
+@pytest.mark.xdist_group("examples")
 def test_plot_draws_every_run_into_every_panel(run, tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot", reason="only plot.py and the benchmarks' figures need it")
     other = tmp_path / "other"
@@ -189,6 +194,7 @@ def test_plot_draws_every_run_into_every_panel(run, tmp_path, monkeypatch):
     assert len(set(names["STYLES"])) == len(names["STYLES"]) == 16
 
 
+@pytest.mark.xdist_group("examples")
 def test_plot_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"reward": 1}\n3\n')
     line = refusal("plot", monkeypatch, capsys, run, "--metrics", "kl", "rewards")

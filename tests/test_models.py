@@ -26,6 +26,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     logprobs_of,
+    one_error,
     read_metrics,
     run_here,
     script_environment,
@@ -127,13 +128,6 @@ def check(folder, attention="sdpa"):
 UPDATES = "--total-episodes 8 --batch-size 4 --response-length 8 --eval-every 2 --eval-size 3 --learning-rate 1e-3"
 
 
-def error_line(capsys) -> str:
-    """What standard error says, which must be one line."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.mark.parametrize("kind", WORKING)
 def test_a_model_computes_what_transformers_computes(kind, tmp_path):
     check(make_model(kind, WORKING[kind], tmp_path))
@@ -162,7 +156,7 @@ def test_eager_attention_to_the_end(kind, tmp_path, capsys):
     flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--output-dir"]
     assert run_here("remax", *flags, tmp_path / "eager", "--attention", "eager") == 0
     assert "(checked;" in capsys.readouterr().out
-    assert run_here("remax", *flags, tmp_path / "sdpa") == 2 and "scaled_dot_product_attention" in error_line(capsys)
+    assert run_here("remax", *flags, tmp_path / "sdpa") == 2 and "scaled_dot_product_attention" in one_error(capsys)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -170,7 +164,7 @@ def test_a_model_that_would_be_trained_wrong_is_refused_at_load(kind, tmp_path, 
     """M3, M5 and M7."""
     folder = make_model(kind, REFUSED[kind], tmp_path)
     flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--attention", "eager", "--output-dir", tmp_path / "r"]
-    assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
+    assert run_here("remax", *flags) == 2 and str(folder) in one_error(capsys)
     assert not (tmp_path / "r").exists()
 
 
@@ -187,7 +181,7 @@ def test_a_model_that_no_comparison_finds_wrong_is_refused_at_load(kind, tmp_pat
     """M5, and a rotary embedding that depends on the batch."""
     folder = make_model(kind, KNOWN[kind], tmp_path)
     flags = [*UPDATES.split(), "--model", folder, *EXAMPLE_DATA, "--output-dir", tmp_path / "r"]
-    assert run_here("remax", *flags) == 2 and str(folder) in error_line(capsys)
+    assert run_here("remax", *flags) == 2 and str(folder) in one_error(capsys)
 
 
 # ---------------------------------------------------------------- M1: the space after the prompt
@@ -375,7 +369,7 @@ def test_a_token_without_an_embedding_is_told(script, user_token_folder, tmp_pat
     flags = ["--model", user_token_folder, "--output-dir", tmp_path / "r", "--dataset"]
     flags += [write_lines(tmp_path / "data.jsonl", good, row, good, row)]
     assert run_here(script, *flags) == 2
-    line = error_line(capsys)
+    line = one_error(capsys)
     assert "'<|user|>'" in line and str(user_token_folder) in line
 
 
@@ -384,7 +378,7 @@ def test_a_demonstration_with_a_token_without_an_embedding_is_told(user_token_fo
     row = dict(prompt="The plot", completion=" was <|assistant|>")
     flags = ["--dataset", write_lines(tmp_path / "data.jsonl", row, row), "--model", user_token_folder]
     assert run_here("spr", *flags, "--output-dir", tmp_path / "r") == 2
-    assert "'<|assistant|>'" in error_line(capsys)
+    assert "'<|assistant|>'" in one_error(capsys)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -405,7 +399,7 @@ def test_logits_that_stop_being_finite_while_decoding(bad, tmp_path, capsys):
         calls.clear()
         with patch.object(policy.decoder.lm_head, "forward", head_that_breaks), pytest.raises(SystemExit) as end:
             common.generate(policy.decoder, prompts_BP, mask_BP, [], sampling, num_samples, greedy)
-        assert end.value.code == 1 and "not finite" in error_line(capsys)
+        assert end.value.code == 1 and "not finite" in one_error(capsys)
         assert len(calls) == 4
 
 
@@ -448,4 +442,4 @@ def test_two_runs_of_one_seed_in_one_second(tmp_path, monkeypatch):
 def test_flash_attention_in_float32_is_refused(script, capsys):
     """M13"""
     assert run_here(script, "--attention", "flash_attention_2") == 2
-    assert "--dtype bfloat16" in error_line(capsys)
+    assert "--dtype bfloat16" in one_error(capsys)

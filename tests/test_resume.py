@@ -35,9 +35,9 @@ from workers.measured import measured
 FLAGS = "--total-episodes 48 --batch-size 8 --eval-size 7 --eval-every 2 --save-every 1".split()
 
 
-def flags_of(script):
-    own = dict(spr=["--num-samples", "3"], spr_token="--num-samples 2 --value-epochs 1".split()).get(script, [])
-    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *own]
+def run_flags(script) -> list:
+    more = dict(spr="--num-samples 3", spr_token="--num-samples 2 --value-epochs 1").get(script, "")  # several steps
+    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *more.split()]
 
 
 def latest(folder) -> int:
@@ -88,7 +88,7 @@ def interrupt(script, flags, folder, how, ranks) -> None:
 
 
 def interrupted_and_resumed(folder, script, how, ranks=1, zero_stage=0, more=()) -> None:
-    flags = [*flags_of(script), "--zero-stage", zero_stage, *more]
+    flags = [*run_flags(script), "--zero-stage", zero_stage, *more]
     whole, parts = folder / "whole", folder / "parts"
 
     def in_parts():
@@ -167,7 +167,7 @@ def test_killed_in_a_save(tmp_path, script, how, ranks):
 def test_a_launcher_and_its_ranks_are_signalled_together(tmp_path, number):
     """As ctrl-C in a terminal does it: the launcher passes the signal on, so each rank gets it twice."""
     folder, plain = tmp_path / "r", tmp_path / "plain"
-    flags = [*flags_of("remax"), "--zero-stage", "2"]
+    flags = [*run_flags("remax"), "--zero-stage", "2"]
     command = launch_command("remax.py", *flags, "--output-dir", folder, ranks=2)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, env=script_environment(), start_new_session=True, **pipes)
@@ -192,7 +192,7 @@ def growth(folder, script, updates, *flags) -> list[dict]:
     """-> what the process held after each update."""
     flags = [*flags, "--total-episodes", 4 * updates, "--batch-size", "4", "--eval-size", "4"]
     flags += [] if script in PAIRS else ["--response-length", "8"]
-    flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split() if script in ("spr", "spr_token") else []
+    flags += SCRIPTS[script].one_step.split()
     with started(measured, folder / "m.jsonl", f"{script}.py", [*flags, "--output-dir", folder / "r"]) as processes:
         assert wait(processes, 900) == 0, output_of(processes)
     return {row["update"]: row for row in map(json.loads, (folder / "m.jsonl").read_text().splitlines())}

@@ -370,13 +370,13 @@ def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_pa
 @pytest.mark.parametrize("script", [name for name in SMALL if name != "dpo"])
 def test_a_reward_model_reads_micro_batches_in_each_script(tmp_path, script, monkeypatch):
     sizes = []
-    forward = common.LastTokenScore.forward
+    forward = common.ScalarOutputs.forward
 
-    def watched(self, ids_BL, mask_BL):
+    def watched(self, ids_BL, mask_BL, read_BK):
         sizes.append(len(ids_BL))
-        return forward(self, ids_BL, mask_BL)
+        return forward(self, ids_BL, mask_BL, read_BK)
 
-    monkeypatch.setattr(common.LastTokenScore, "forward", watched)
+    monkeypatch.setattr(common.ScalarOutputs, "forward", watched)
     assert run_here(script, *SMALL[script], "--output-dir", tmp_path / "r") == 0
     assert max(sizes) == 3 and sum(size == 3 for size in sizes) > len(sizes) / 3
 

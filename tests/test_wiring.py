@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EXAMPLE, read_metrics, run_here
+from conftest import EXAMPLE, assert_equal_training, read_metrics, run_here
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -95,17 +95,12 @@ def assert_agree(recorded, metrics, samples, weights) -> None:
         found = {name: value for name, value in found.items() if not any(word in name for word in measured)}
         assert found.keys() == expected.keys()
         for name in expected:
-            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=2e-5), (name, found["update"])
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (name, found["update"])
     assert len(recorded.samples) == len(samples)
     for found, expected in zip(recorded.samples, samples, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
     (path,) = recorded.folder.glob("*/model.safetensors")
-    assert_equal_weights(load_file(path), weights, RATE)
-
-
-def assert_equal_weights(found, expected, rate) -> None:
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name].detach(), rtol=1e-5, atol=0.01 * rate)
+    assert_equal_training(load_file(path), weights, RATE)
 
 
 # ---------------------------------------------------------------- What the second writings have in common
@@ -402,7 +397,7 @@ def test_ppo(tmp_path, data):
     assert value_clipped
     assert_agree(recorded, metrics, second.samples, policy.state_dict())
     trained = dict(recorded.engines[1].module.model.named_parameters())
-    assert_equal_weights(trained, value.state_dict(), VALUE_RATE)
+    assert_equal_training(trained, value.state_dict(), VALUE_RATE)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +593,7 @@ def test_spr_token(tmp_path, data):
     trained = dict(recorded.engines[1].module.model.named_parameters())
     trained["other_head.weight"] = recorded.engines[1].module.reference_head.weight
     assert (trained["other_head.weight"] - trained["score.weight"]).abs().max() > VALUE_RATE
-    assert_equal_weights(trained, value.state_dict(), VALUE_RATE)
+    assert_equal_training(trained, value.state_dict(), VALUE_RATE)
 
 
 def test_reward_model(tmp_path):

@@ -49,25 +49,45 @@ def loss_of(module, rows, batch, denominator=ROWS):
     return remax.policy_loss(logprobs, advantages, mask, denominator)
 
 
-def with_plain_torch(model, updates=5, restart=None, dtype="float32"):
+class PlainWeights:
+    """Float32 copies of a model's weights, trained by plain torch on the gradients that it is given."""
+
+    def __init__(self, model):
+        self.named = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.restart()
+
+    def restart(self):
+        adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.named.values(), LEARNING_RATE, **adamw)
+
+    def step(self, gradients) -> float:
+        """gradients: {name: tensor} -> their norm before clipping."""
+        for name, weights in self.named.items():
+            weights.grad = gradients[name].float()
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        return norm.item()
+
+
+@torch.no_grad()
+def copy_weights(model, named) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(named[name])
+
+
+def with_plain_torch(model, updates=5, restart=None):
     """-> (gradient norms, weights): the reference; `restart`: after that many updates the optimizer is a new one."""
-    for p in model.parameters():  # not buffers, such as rotary frequencies
-        p.data = p.data.to(getattr(torch, dtype))
-    module, norms = as_policy(model).engine, []
-    rows = data()[3].sum(1).argsort(descending=True, stable=True)  # in bfloat16 the order of a sum matters
-    masters = [p.detach().float().clone() for p in model.parameters()]
+    module = as_policy(model).engine
+    weights = PlainWeights(model)
+    norms = []
     for update in range(updates):
-        if update in (0, restart):
-            optimizer = torch.optim.AdamW(masters, LEARNING_RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+        if update == restart:
+            weights.restart()
         model.zero_grad()
-        loss_of(module, rows, data()).backward()
-        for master, p in zip(masters, model.parameters()):
-            master.grad = p.grad.float()
-        norms.append(torch.nn.utils.clip_grad_norm_(masters, MAX_GRAD_NORM).item())
-        optimizer.step()
-        for master, p in zip(masters, model.parameters()):
-            p.data.copy_(master)
-    return norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+        loss_of(module, slice(None), data()).backward()
+        norms.append(weights.step({name: p.grad for name, p in model.named_parameters()}))
+        copy_weights(model, weights.named)
+    return norms, weights.named
 
 
 def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poison=None, restart=None, **flags):
