@@ -897,28 +897,29 @@ class Exchange:
 
 def read_exchange(row, where, prompt_column, answer_columns, has_prompt, may_lack_answers) -> Exchange:
     """A row of any form. `has_prompt`: the prompt has a column; `may_lack_answers`: then an answer may be None."""
+    prompt = read_value(row, prompt_column, where) if has_prompt else None
     values = {}
     for column in answer_columns:
         is_absent = may_lack_answers and row.get(column) is None
         values[column] = None if is_absent else read_value(row, column, where)
 
     lost_answer = False
-    if not has_prompt:
+    if prompt is None:
         prompt, values = shared_prompt(row, where, prompt_column, values)
         form = f"{kind_of(prompt)}; the prompt is what {' and '.join(answer_columns)} share"
+    elif prompt_column in answer_columns:
+        prompt, has_answer = conversation_before(prompt, prompt_column, where)
+        form = "conversations; their last messages are the answers"
+        if may_lack_answers and not has_answer:
+            values[prompt_column] = None
+    elif isinstance(prompt, list):
+        prompt, lost_answer = conversation_before(prompt, prompt_column, where)
+        form = "conversations"
+    elif conversation := whole_conversation(prompt, prompt_column, values, where):
+        prompt = conversation
+        form = f"conversations; {prompt_column!r} is a user's message of each"
     else:
-        prompt = read_value(row, prompt_column, where)
-        form = kind_of(prompt)
-        if prompt_column in answer_columns:
-            prompt, has_answer = conversation_before(prompt, prompt_column, where)
-            form = "conversations; their last messages are the answers"
-            if may_lack_answers and not has_answer:
-                values[prompt_column] = None
-        elif isinstance(prompt, list):
-            prompt, lost_answer = conversation_before(prompt, prompt_column, where)
-        elif conversation := whole_conversation(prompt, prompt_column, values, where):
-            prompt = conversation
-            form = f"conversations; {prompt_column!r} is a user's message of each"
+        form = "texts"
     answers = {column: read_answer(value, prompt, column, where) for column, value in values.items()}
     return Exchange(prompt, answers, form, lost_answer)
 

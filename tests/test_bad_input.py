@@ -121,7 +121,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --response-length 65 | is more than the 128 positions of""",
     "reward_model": """
         --chosen-column best | no column 'best'; there are:
-        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: no others
+        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
         --model no/such/model --dataset examples/reviews/preferences.jsonl | no folder no/such/model here""",
     "dpo": """
         --chosen-column best | no column 'best'; there are:

@@ -1,6 +1,8 @@
 """Reading prompts: formats, truncation, chat messages, held-out rows and the stream of batches."""
 
 import collections
+import dataclasses
+import gzip
 import json
 
 import pytest
@@ -81,7 +83,7 @@ def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path
     assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
     assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
     out = capsys.readouterr().out
-    assert "prompts: 2 (2 empty, dropped)" in out
+    assert "prompts: 2 (texts; 2 empty, dropped)" in out
     assert "warning: 1 of 2 prompts are longer than --max-prompt-length 5 and lose their beginning" in out
 
 
@@ -113,29 +115,50 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
     )
 
 
-def test_a_response_in_messages_is_their_last_content(capsys):
-    hi = dict(role="user", content="Hi")
-    row = dict(chosen=[hi, dict(role="assistant", content=" good")])
-    assert common.read_response(common.Prompt("Hi", [], row, messages=[hi]), "chosen") == " good"
-    with pytest.raises(SystemExit):
-        common.read_response(common.Prompt("Hi", [], row, where="a.jsonl:1"), "chosen")
-    assert "a.jsonl:1: 'chosen' is a conversation, the prompt a text" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- Held-out rows and batches
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    number: int
+    digest: str
+
+
+def rows_with(digests: str) -> list[Row]:
+    return [Row(number, digest) for number, digest in enumerate(digests)]
+
+
 def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
-    files = dict(a=list(range(10)), b=[10, 11, 12], one=[0])
-    assert common.train_and_held_out(files.get, "a", "b", 2) == (files["a"], [10, 11])
-    train, held_out = common.train_and_held_out(files.get, "a", None, 3)
-    assert len(held_out) == 3 and sorted(train + held_out) == files["a"]
-    assert common.train_and_held_out(files.get, "a", None, 3) == (train, held_out)  # the same ones in every run
-    assert len(common.train_and_held_out(files.get, "a", None, 64)[1]) == 5
-    assert common.train_and_held_out(files.get, "a", "b", 0) == (files["a"], [])  # in their order
-    with pytest.raises(SystemExit) as error:
-        common.train_and_held_out(files.get, "one", None, 3)
-    assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+    a, b, one = rows_with("9371fc"), rows_with("052"), rows_with("3")
+    files = dict(a=a, b=b, one=one, same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
+    assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
+    assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
+    assert common.train_and_held_out(files.get, "a", "b", 0) == (a, [])
+    for name in ("high", "low"):  # one row on each side is always left
+        train, held_out = common.train_and_held_out(files.get, name, None, 64)
+        assert train and held_out and len(train + held_out) == len(files[name])
+    for name in ("one", "same"):
+        with pytest.raises(SystemExit) as error:
+            common.train_and_held_out(files.get, name, None, 3)
+        assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_appended_rows_never_turn_a_trained_row_into_a_held_out_one(tmp_path, tokenizer, size):
+    lines = [json.dumps(dict(prompt=f"The plot {number}", number=number)) for number in range(80)]
+    path = tmp_path / "p.jsonl"
+    trained = set()
+    for length in (24, 25, 40, 80):
+        write(path, *lines[:length], lines[3])  # one row is there twice
+        train, held_out = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)
+        assert 0 < len(held_out) <= size
+        numbers = {prompt.columns["number"] for prompt in held_out}
+        assert not numbers & trained
+        trained |= {prompt.columns["number"] for prompt in train}
+        assert not numbers & trained and len(train) + len(held_out) in (length, length + 1)
+    write(path, *reversed(lines), lines[3])  # nor does the order count
+    again = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)[1]
+    assert [prompt.text for prompt in again] == [prompt.text for prompt in held_out]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
