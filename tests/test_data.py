@@ -481,15 +481,11 @@ def test_a_turn_ends_as_the_template_ends_it(tmp_path, capsys, name, answer):
     (pair,) = dpo.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), tokenizer, eos_ids, 200, 48)
     assert pair.ids[0] == prompt.demonstration and "since the chat template" not in capsys.readouterr().out
 
-    whole = tokenizer.apply_chat_template([user("Hi"), bot(answer)], tokenize=False)
     ids = tokenizer.apply_chat_template([user("Hi"), bot(answer)], return_dict=False)
-    found = prompt.ids + prompt.demonstration
-    if ending.end.endswith(ending.eos[0]) and whole.endswith(ending.eos[0]) or len(found) <= len(ids):
-        assert found == ids[: len(found)]
-    else:
-        assert found == ids + [tokenizer.eos_token_id]
-    assert found[-1] in eos_ids and not set(prompt.demonstration[:-1]) & set(eos_ids)
-    assert tokenizer.decode(prompt.demonstration).endswith(answer.strip() + ending.end) or answer == " Yes. "
+    ends = [i for i in range(len(prompt.ids), len(ids)) if ids[i] in eos_ids]
+    expected = ids[: ends[0] + 1] if ends else [*ids, tokenizer.eos_token_id]
+    assert prompt.ids + prompt.demonstration == expected
+    assert tokenizer.decode(prompt.demonstration).endswith(ending.end)
 
 
 THINKING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
@@ -497,18 +493,23 @@ THINKING += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{%
 OPENED = CHATML.replace("assistant\n{%", "assistant\n<think>{%")
 
 
-def test_an_answer_that_the_template_would_rewrite_is_read_as_it_is(tmp_path, capsys):
+TURN_END = "<|im_end|>\n<|endoftext|>"
+REWRITTEN = {  # the template: the texts of the demonstrations
+    THINKING: ["<think>Hm</think>Yes.<|endoftext|>", "Yes." + TURN_END],
+    OPENED: ["Hm</think>Yes." + TURN_END, "Yes.<|endoftext|>"],
+    CHATML: ["<think>Hm</think>Yes." + TURN_END, "Yes." + TURN_END],
+}
+
+
+@pytest.mark.parametrize("template", REWRITTEN)
+def test_an_answer_that_the_template_would_rewrite_is_read_as_it_is(tmp_path, capsys, template):
     """As templates of reasoning models do: they drop the thoughts, or begin them in the prompt."""
-    texts = ["<think>Hm</think>Yes.", "Yes."]
-    for template, num_plain in ((THINKING, 1), (OPENED, 2), (CHATML, 0)):
-        tokenizer = chat_tokenizer(template)
-        rows = [dict(prompt=[user("Hi")], completion=text) for text in texts]
-        found = demonstrations(tmp_path / "p.jsonl", *rows, tokenizer=tokenizer)
-        expected = [text + "<|endoftext|>" for text in texts[:num_plain]]
-        expected += [text + "<|im_end|>\n<|endoftext|>" for text in texts[num_plain:]]
-        assert [tokenizer.decode(prompt.demonstration) for prompt in found] == expected
-        said = f"{num_plain} of 'completion' are read as they are and end with <|endoftext|>, since the chat template"
-        assert (said in capsys.readouterr().out) == (num_plain > 0)
+    rows = [dict(prompt=[user("Hi")], completion=text) for text in ("<think>Hm</think>Yes.", "Yes.")]
+    tokenizer = chat_tokenizer(template)
+    found = demonstrations(tmp_path / "p.jsonl", *rows, tokenizer=tokenizer)
+    assert [tokenizer.decode(prompt.demonstration) for prompt in found] == REWRITTEN[template]
+    said = "1 of 'completion' are read as they are and end with <|endoftext|>, since the chat template would change"
+    assert (said in capsys.readouterr().out) == (template != CHATML)
 
 
 def test_the_ids_that_end_a_response_are_the_policy_s(tmp_path):
