@@ -144,7 +144,8 @@ def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> 
     prompt_column, *answer_columns = columns
     too_long = f"of more than the model's {max_length} positions, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
-    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns):
+    prompts = common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns)
+    for prompt in prompts:
         responses = tuple(prompt.answers[column] for column in answer_columns)
         ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize) for text in responses)
         ids = tuple(common.cut_left(row, len(row) - prompt.num_cut, tokenizer.bos_token_id) for row in ids)

@@ -170,12 +170,14 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
 
 def read_demonstrations(path, prompts, column, tokenizer, eos_ids, max_length):
     """Gives prompts their demonstrations, as token ids with EOS -> the prompts that have one which is not too long."""
+    missing = [prompt for prompt in prompts if prompt.answers[column] is None]
+    if column == Args.completion_column and len(missing) == len(prompts):
+        return prompts  # the data have no demonstrations, and nobody says that they do
     kept = [prompt for prompt in prompts if (prompt.answers[column] or "").strip()]
-    num_missing = sum(prompt.answers[column] is None for prompt in prompts)
-    counts = {"of the prompts have none, dropped": num_missing}
-    counts["empty, dropped"] = len(prompts) - len(kept) - num_missing
     if not kept:
         common.fail(f"{path}: no row has a demonstration in the column {column!r} (--completion-column names another)")
+    num_empty = len(prompts) - len(kept) - len(missing)
+    counts = {"of the prompts have none, dropped": len(missing), "empty, dropped": num_empty}
     common.report(path, len(kept), "demonstrations", counts)
     for prompt, ids in zip(kept, common.encode_answers(tokenizer, kept, column, eos_ids)):
         prompt.demonstration = ids
@@ -202,13 +204,8 @@ def main() -> None:
     def load_prompts(path):
         hub = (args.dataset_config, args.dataset_split)
         columns = [args.completion_column]
-        prompts = common.load_prompts(
-            path, hub, args.prompt_column, tokenizer, args.max_prompt_length, columns, may_lack_answers=True
-        )
-        is_named = args.completion_column != Args.completion_column
-        if is_named or any(prompt.answers[args.completion_column] is not None for prompt in prompts):
-            return read_demonstrations(path, prompts, args.completion_column, tokenizer, eos_ids, args.response_length)
-        return prompts
+        prompts = common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length, columns, True)
+        return read_demonstrations(path, prompts, *columns, tokenizer, eos_ids, args.response_length)
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)

@@ -4,6 +4,7 @@ No code but the reward function's is loaded, nothing is fetched unasked, and sec
 """
 
 import dataclasses
+import gzip
 import importlib
 import json
 import shutil
@@ -163,6 +164,11 @@ PROMPT_FILES = {  # name: (content, what is said)
     "latin.jsonl": (b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "latin.jsonl:2: not UTF-8"),
     "latin.csv": (b"prompt\nx\n\xe9\n", "latin.csv:3: not UTF-8"),
     "gzip.jsonl": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "gzip.jsonl:1: not UTF-8"),
+    "broken.jsonl.gz": ('{"prompt": "x"}\n', "broken.jsonl.gz: Not a gzipped file"),
+    "half.jsonl.gz": (gzip.compress(b'{"prompt": "x"}')[:-9], "half.jsonl.gz: "),
+    "latin.jsonl.gz": (gzip.compress(b'{"prompt": "x"}\n\xe9'), "latin.jsonl.gz:2: not UTF-8"),
+    "narrow.tsv": ("prompt\tn\nx\t1\ny\n", "narrow.tsv:3: not 2 columns"),
+    "half.ndjson": ('{"prompt": "x"}\n{"prompt": "y\n', "half.ndjson:2: "),
     "surrogate.jsonl": ('{"prompt": "\\ud800"}\n', "surrogate.jsonl:1: "),
     "nul.jsonl": ('{"prompt": "x"}\n\x00\x00\n', "nul.jsonl:2: "),
     "half.jsonl": ('{"prompt": "x"}\n{"prompt": "y\n', "half.jsonl:2: "),

@@ -8,6 +8,7 @@ import json
 import types
 
 import pytest
+import tokenizers
 import torch
 from conftest import EXAMPLE, example_tokenizer, run_here, start_backend
 from tokenizers.processors import TemplateProcessing
@@ -529,11 +530,10 @@ def test_the_ids_that_end_a_response_are_the_policy_s(tmp_path):
 # ---------------------------------------------------------------- Special tokens
 
 
-@pytest.mark.parametrize("text", ["<think>Hm</think> Yes.", " <think>", "It was<tool> good", "Is it ? I 'm sure ."])
+@pytest.mark.parametrize("text", ["<think>Hm</think> Yes.", " <think>", "It was<tool> good"])
 def test_special_tokens_are_seen_and_what_is_decoded_encodes_to_itself(text):
     tokenizer = chat_tokenizer(CHATML)
     tokenizer.add_special_tokens(dict(additional_special_tokens=["<think>", "</think>", "<tool>"]))
-    tokenizer.clean_up_tokenization_spaces = True  # would write "Is it? I'm sure."
     tokenizer.num_embeddings = len(tokenizer)
     policy = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=[0, 9], device=torch.device("cpu"))
     ids = tokenizer(text)["input_ids"]
@@ -542,6 +542,22 @@ def test_special_tokens_are_seen_and_what_is_decoded_encodes_to_itself(text):
         (found,) = common.as_responses(policy, [prompt], [ids + end]).texts
         assert found == text
     assert common.encode_response(tokenizer, text) == ids + [0]
+
+
+def test_decoding_leaves_the_spaces_before_signs():
+    """Some tokenizers of words ask for "great?" where the text has "great ?", which they do not know again."""
+    words = ["</s>", "<unk>", "a", "was", "great", "?", "I", "'m"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = common.transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    )
+    tokenizer.num_embeddings = len(words)
+    assert common.decode(tokenizer, [[3, 4, 5, 6, 7, 0]], [0]) == [" was great ? I 'm"]
+    assert common.encode_response(tokenizer, " was great ? I 'm") == [3, 4, 5, 6, 7, 0]
 
 
 # ---------------------------------------------------------------- Held-out rows and batches
@@ -578,14 +594,14 @@ def test_appended_rows_never_turn_a_trained_row_into_a_held_out_one(tmp_path, to
     path = tmp_path / "p.jsonl"
     trained = set()
     for length in (24, 25, 40, 80):
-        write(path, *lines[:length], lines[3])  # one row is there twice
+        write(path, *lines[:length], *lines[:12])  # some rows are there twice
         train, held_out = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)
         assert 0 < len(held_out) <= size
         numbers = {prompt.columns["number"] for prompt in held_out}
         assert not numbers & trained
         trained |= {prompt.columns["number"] for prompt in train}
-        assert not numbers & trained and len(train) + len(held_out) in (length, length + 1)
-    write(path, *reversed(lines), lines[3])  # nor does the order count
+        assert not numbers & trained and len(numbers | trained) == length
+    write(path, *reversed(lines), *lines[:12])  # nor does the order count
     again = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)[1]
     assert [prompt.text for prompt in again] == [prompt.text for prompt in held_out]
 
