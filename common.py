@@ -22,6 +22,8 @@ import dataclasses
 import decimal
 import functools
 import gc
+import gzip
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -30,6 +32,7 @@ import logging
 import math
 import numbers
 import random
+import re
 import resource
 import shutil
 import signal
@@ -83,6 +86,9 @@ class Prompt:
     where: str = ""  # file:line, for error messages
     messages: list[dict] | None = None  # the prompt, where it was a chat
     demonstration: list[int] | None = None  # token ids of a response to learn from
+    answers: dict[str, str | None] = dataclasses.field(default_factory=dict)  # of its row, by column: to learn from
+    num_cut: int = 0  # ids that it lost at its beginning
+    digest: str = ""  # a hash of the prompt and its answers
 
 
 @dataclasses.dataclass
@@ -112,7 +118,7 @@ class Responses:
     """Rows of a rollout; index with a slice or a list of row numbers."""
 
     prompts: list[Prompt]
-    texts: list[str]  # without special tokens
+    texts: list[str]  # without EOS and padding, but with the other special tokens
     prompts_BP: torch.Tensor
     prompt_mask_BP: torch.Tensor
     tokens_BT: torch.Tensor
@@ -148,7 +154,7 @@ def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Resp
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     return Responses(
         prompts=prompts,
-        texts=decode(policy.tokenizer, tokens),
+        texts=decode(policy.tokenizer, tokens, {*policy.eos_ids, policy.tokenizer.pad_token_id}),
         prompts_BP=prompts_BP,
         prompt_mask_BP=prompt_mask_BP,
         tokens_BT=tokens_BT,
@@ -318,12 +324,16 @@ def response_mask(tokens_BT, eos_ids: list[int]):
     return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
 
 
-def decode(tokenizer, tokens: list[list[int]]) -> list[str]:
-    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone."""
+def decode(tokenizer, tokens: list[list[int]], dropped_ids=()) -> list[str]:
+    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone.
+
+    Special tokens are part of the text, except `dropped_ids`. Spaces stay as they are, so that a text gives its ids
+    again wherever the tokenizer allows it.
+    """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = len(tokenizer.decode(anchor, skip_special_tokens=True))
-    texts = tokenizer.batch_decode([anchor + row for row in tokens], skip_special_tokens=True)
-    return [text[start:] for text in texts]
+    rows = [anchor + [token for token in row if token not in dropped_ids] for row in [[], *tokens]]
+    start, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text[len(start) :] for text in texts]
 
 
 def pad(rows: list[list[int]], side, device: torch.device):
@@ -1259,20 +1269,33 @@ def check_saved(model, weights, folder):
 
 
 # ---------------------------------------------------------------- 6. Data
+#
+# Files become rows, rows become prompts with the answers to learn from, and texts become token ids.
+#
+# A prompt is a text or chat messages, and so is an answer (chosen, rejected, completion). `load_prompts` tells the
+# forms of a row apart by their shape, checks what it assumes, and says in the data's line which form it found:
+#
+#   prompt     answers                    read as
+#   text       texts                      they are; where all answers of a file repeat their prompts, it is cut off
+#   text       whole conversations        the conversation is the prompt; the text must be a user's message of it
+#   messages   texts, last messages       they are
+#   messages   whole conversations        the last message is the answer; the earlier ones must be the prompt's
+#   the same column                       the last message is the answer, the earlier ones are the prompt
+#   no column  two conversations          the earlier messages, which must be the same, are the prompt
+#   no column  two texts                  their common beginning, up to its last white space, is the prompt
+
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "document")
 
 
 def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
-    """Rows of a local .jsonl, .csv, .json or .parquet file or of a hub data set -> [(where it stands, row)]."""
-    suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".json", ".csv"):  # `datasets` does not know the line of an error, and parses dates
-        with fails_with(path):
-            data = Path(path).read_bytes()
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = data[: error.start].count(b"\n") + 1
-            fail(f"{path}:{line}: not UTF-8: convert the file to UTF-8")
-        rows = list(read_csv(path, text) if suffix == ".csv" else read_json(path, text, suffix == ".jsonl"))
+    """Rows of a local file (FILES, also with .gz, or .parquet) or of a hub data set -> [(where it stands, row)]."""
+    name = Path(path).name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in FILES:  # `datasets` does not know the line of an error, and parses dates
+        rows = read_file(path, suffix, is_packed=name.endswith(".gz"))
+    elif suffix != ".parquet" and Path(path).is_file():
+        fail(f"{path}: not a {', '.join(FILES)} file (each may be packed as .gz), nor a .parquet file")
     else:
         import datasets  # slow to import, and only needed here
 
@@ -1281,10 +1304,41 @@ def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
         with fails_with(path):
             is_file = suffix == ".parquet"
             table = datasets.Dataset.from_parquet(path) if is_file else datasets.load_dataset(path, config, split=split)
-        rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
+            for column, feature in table.features.items():
+                if (raw := undecoded(feature)) != feature:
+                    table = table.cast_column(column, raw)
+            rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
+
+
+def undecoded(feature):
+    """The type of a hub data set's column, whose images, sounds and the like stay bytes: a broken one may pass."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(undecoded(feature.feature), length=feature.length)
+    if hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
+        return dataclasses.replace(feature, decode=False)
+    return feature
+
+
+def read_file(path, suffix, is_packed) -> list[tuple[str, dict]]:
+    with fails_with(path):
+        data = Path(path).read_bytes()
+        if is_packed:
+            data = gzip.decompress(data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        fail(f"{path}:{line}: not UTF-8: convert the file to UTF-8")
+    if suffix in (".csv", ".tsv"):
+        return list(read_csv(path, text, delimiter="\t" if suffix == ".tsv" else ","))
+    return list(read_json(path, text, has_lines=suffix != ".json"))
 
 
 def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
@@ -1301,9 +1355,9 @@ def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
-def read_csv(path, text) -> Iterator[tuple[str, dict]]:
+def read_csv(path, text, delimiter) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -1313,39 +1367,222 @@ def read_csv(path, text) -> Iterator[tuple[str, dict]]:
         fail(f"{path}:{reader.line_num + 1}: {error}")
 
 
-def read_column(row, column, where) -> str | list[dict]:
-    """A text or chat messages."""
+def read_value(row, column, where) -> str | list[dict]:
+    """A text or chat messages. csv files hold messages as a text of JSON."""
     if column not in row:
-        names = ", ".join(map(str, row)) or "no others"
-        fail(f"{where}: no column {column!r}; there are: {names} (the flags in -column name them)")
+        fail_without_column(row, column, where)
     value = row[column]
+    if isinstance(value, str):
+        value = messages_in(value, column, where) or value
+    if isinstance(value, str):
+        return value
     try:
-        if not isinstance(value, str):
-            [message["role"] + message["content"] for message in value][0]
-    except (TypeError, KeyError, IndexError):
+        texts = [message["role"] + message["content"] for message in value]
+    except (TypeError, KeyError):
+        texts = []
+    if not texts:
         fail(f"{where}: {column!r} is {str(value)[:40]}; expected a text or a list of {{role, content}} messages")
+    for message in value:
+        if message["role"] not in ROLES:
+            fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
     return value
 
 
-def read_response(prompt: Prompt, column) -> str:
-    """The text in a column of the prompt's row, of chat messages the last content."""
-    value = read_column(prompt.columns, column, prompt.where)
-    if isinstance(value, str):
-        return value
-    if len(value) > 1 and not prompt.messages:
-        fail(f"{prompt.where}: {column!r} is a conversation, the prompt a text: make its earlier messages the prompt")
-    return value[-1]["content"]
+def messages_in(text, column, where) -> list[dict] | None:
+    """The messages that a text of JSON holds; None where it is just a text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        # Python's own form of a list, as pandas writes it, or a broken one: as a text it would teach the brackets.
+        if re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", text):
+            fail(f"{where}: {column!r} holds chat messages, but not as JSON: write the column with json.dumps")
+        return None
+    is_chat = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return value if is_chat and value else None
 
 
-def read_prompt(row, column, where, tokenizer) -> tuple[str, list[dict] | None]:
-    """-> (text, messages); of a chat, the template's text up to the assistant's turn, without an answer at the end."""
-    value = read_column(row, column, where)
+def fail_without_column(row, column, where, reason="") -> typing.NoReturn:
+    names = ", ".join(map(str, row)) or "no others"
+    fail(f"{where}: no column {column!r}{reason}; there are: {names} (the flags in -column name them)")
+
+
+@dataclasses.dataclass
+class Exchange:
+    """What a row asks and how it is answered, whatever form it had."""
+
+    prompt: str | list[dict]
+    answers: dict[str, str | None]  # by column; None: the row has none
+    form: str  # for people
+    lost_answer: bool = False  # the prompt ended with an answer that nobody reads
+
+
+def read_exchange(row, where, prompt_column, answer_columns, has_prompt, may_lack_answers) -> Exchange:
+    """A row of any form. `has_prompt`: the prompt has a column; `may_lack_answers`: then an answer may be None."""
+    prompt = read_value(row, prompt_column, where) if has_prompt else None
+    values = {}
+    for column in answer_columns:
+        is_absent = may_lack_answers and row.get(column) is None
+        values[column] = None if is_absent else read_value(row, column, where)
+
+    lost_answer = False
+    if prompt is None:
+        prompt, values = shared_prompt(row, where, prompt_column, values)
+        form = f"{kind_of(prompt)}; the prompt is what {' and '.join(answer_columns)} share"
+    elif prompt_column in answer_columns:
+        prompt, has_answer = conversation_before(prompt, prompt_column, where)
+        form = "conversations; their last messages are the answers"
+        if may_lack_answers and not has_answer:
+            values[prompt_column] = None
+    elif isinstance(prompt, list):
+        prompt, lost_answer = conversation_before(prompt, prompt_column, where)
+        form = "conversations"
+    elif conversation := whole_conversation(prompt, prompt_column, values, where):
+        prompt = conversation
+        form = f"conversations; {prompt_column!r} is a user's message of each"
+    else:
+        form = "texts"
+    answers = {column: read_answer(value, prompt, column, where) for column, value in values.items()}
+    return Exchange(prompt, answers, form, lost_answer)
+
+
+def kind_of(value) -> str:
+    return "texts" if isinstance(value, str) else "conversations"
+
+
+def conversation_before(value, column, where) -> tuple[list[dict], bool]:
+    """-> (the messages without an answer at their end, whether there is one)."""
     if isinstance(value, str):
-        return value, None
-    messages = value[:-1] if value[-1]["role"] == "assistant" else value
-    if not messages:
+        fail(f"{where}: {column!r} is a text; a column that holds prompt and answer must hold chat messages")
+    if value[-1]["role"] != "assistant":
+        return value, False
+    if len(value) == 1:
         fail(f"{where}: {column!r} holds an answer alone; expected the messages before it")
-    return chat_text(tokenizer, messages, f"{where}: {column!r}", add_generation_prompt=True), messages
+    return value[:-1], True
+
+
+def whole_conversation(text, prompt_column, values, where) -> list[dict] | None:
+    """What stands before the answer where answers are whole conversations; the prompt's text must be in it."""
+    for column, value in values.items():
+        if isinstance(value, list) and len(value) > 1:
+            questions = [message["content"].strip() for message in value[:-1] if message["role"] == "user"]
+            if text.strip() not in questions:
+                fail(f"{where}: {column!r} is a conversation in which {prompt_column!r} is no message of the user")
+            return value[:-1]
+    return None
+
+
+def shared_prompt(row, where, prompt_column, values) -> tuple:
+    """-> (the prompt that two answers share, the answers, of texts without it)."""
+    (first_column, first), (second_column, second) = values.items()
+    if isinstance(first, list) and len(first) > 1:
+        return first[:-1], values  # read_answer checks that the other has the same messages
+    if isinstance(first, list) or isinstance(second, list):
+        reason = f", and {first_column!r} and {second_column!r} are not both texts or both conversations"
+        fail_without_column(row, prompt_column, where, reason)
+    shared = os.path.commonprefix([first, second])
+    spaces = [i for i, letter in enumerate(shared) if letter.isspace()]
+    size = len(shared[: spaces[-1]].rstrip()) if spaces else 0
+    if size == 0 and first != second:
+        reason = f", and {first_column!r} and {second_column!r} have no common beginning that could be the prompt"
+        fail_without_column(row, prompt_column, where, reason)
+    return shared[:size], {first_column: first[size:], second_column: second[size:]}
+
+
+def read_answer(value, prompt, column, where) -> str | None:
+    """The text of an answer; of messages it is the last one, and the earlier ones must be the prompt's."""
+    if value is None or isinstance(value, str):
+        return value
+    *earlier, last = value
+    if last["role"] != "assistant":
+        fail(f"{where}: {column!r} ends with a message of the {last['role']}; expected the assistant's answer")
+    if earlier and (isinstance(prompt, str) or contents(earlier) != contents(prompt)):
+        fail(f"{where}: the messages of {column!r} before its answer are not the prompt's")
+    return last["content"]
+
+
+def contents(messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def cut_repeated_prompts(exchanges: list[Exchange]) -> int:
+    """Answers that repeat their prompt's text lose it, if all of a file do -> how many do, if only some."""
+    num_repeating = num_others = 0
+    for exchange in exchanges:
+        for answer in exchange.answers.values():
+            if answer is not None and isinstance(exchange.prompt, str) and exchange.prompt.strip():
+                repeats = answer.startswith(exchange.prompt)
+                num_repeating += repeats
+                num_others += not repeats
+    if num_others:  # by chance, or because the task is to repeat
+        return num_repeating
+    for exchange in exchanges if num_repeating else []:
+        if isinstance(exchange.prompt, str):
+            exchange.form = "texts; answers repeat the prompt, which is cut off"
+            for column, answer in exchange.answers.items():
+                exchange.answers[column] = answer and answer.removeprefix(exchange.prompt)
+    return 0
+
+
+def load_prompts(
+    path, hub, prompt_column, tokenizer, max_length, answer_columns=(), may_lack_answers=False
+) -> list[Prompt]:
+    """Prompts cut on the left to `max_length` tokens (a BOS stays in front), with the texts of their answers.
+
+    `hub`: (configuration, split). `may_lack_answers`: the answer of a row without one is None; else it is refused.
+    """
+    rows = load_rows(path, *hub)
+    # Two answers may share their prompt. If the user names a column for it, it must be there.
+    may_share = prompt_column == "prompt" and len(answer_columns) == 2
+    has_prompt = not may_share or any(prompt_column in row for _, row in rows)
+    columns = (prompt_column, answer_columns, has_prompt, may_lack_answers)
+    exchanges = [read_exchange(row, where, *columns) for where, row in rows]
+    num_repeating = cut_repeated_prompts(exchanges) if has_prompt else 0
+
+    prompts, lengths, num_empty = [], [], 0
+    for (where, row), exchange in zip(rows, exchanges):
+        prompt = make_prompt(exchange.prompt, tokenizer, max_length, f"{where}: {prompt_column!r}")
+        if not prompt.text.strip() or not prompt.ids:
+            num_empty += 1
+            continue
+        prompt.where = where
+        prompt.columns = {name: value for name, value in row.items() if name != prompt_column}
+        prompt.answers = exchange.answers
+        prompt.digest = digest_of(exchange)
+        lengths.append(len(prompt.ids) + prompt.num_cut)
+        prompts.append(prompt)
+    if not prompts:
+        fail(f"{path}: every prompt is empty")
+    counts = {
+        "empty, dropped": num_empty,
+        "lost the answer at their end": sum(exchange.lost_answer for exchange in exchanges),
+        "answers begin like their prompt, read as they are": num_repeating,
+    }
+    report(path, len(prompts), "prompts", counts, forms=[exchange.form for exchange in exchanges])
+    report_lengths(lengths, max_length, "--max-prompt-length", "prompts", "lose their beginning")
+    return prompts
+
+
+def make_prompt(value, tokenizer, max_length, place) -> Prompt:
+    """A text, or chat messages by the tokenizer's template, as a prompt; `place` is for error messages."""
+    messages = None
+    if isinstance(value, str):
+        text = value
+        ids = encode(tokenizer, text)
+    else:
+        messages = value
+        text = chat_text(tokenizer, messages, place, add_generation_prompt=True)
+        ids = encode(tokenizer, text, add_special_tokens=False)  # a chat template writes its own
+    kept_ids = cut_left(ids, max_length, tokenizer.bos_token_id)
+    return Prompt(text, kept_ids, columns={}, messages=messages, num_cut=len(ids) - len(kept_ids))
+
+
+def digest_of(exchange: Exchange) -> str:
+    """A hash of what is asked and answered; it stays when a file grows or its rows move."""
+    prompt = exchange.prompt if isinstance(exchange.prompt, str) else contents(exchange.prompt)
+    text = json.dumps([prompt, exchange.answers], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def chat_text(tokenizer, messages, where, **kwargs) -> str:
@@ -1355,30 +1592,12 @@ def chat_text(tokenizer, messages, where, **kwargs) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
-def load_prompts(path, hub, column, tokenizer, max_length) -> list[Prompt]:
-    """Prompts cut on the left to `max_length` tokens (a BOS stays in front). `hub`: (configuration, split)."""
-    prompts, lengths, num_empty, num_answers = [], [], 0, 0
-    for where, row in load_rows(path, *hub):
-        text, messages = read_prompt(row, column, where, tokenizer)
-        ids = encode(tokenizer, text, add_special_tokens=messages is None)  # a chat template writes its own
-        columns = {name: value for name, value in row.items() if name != column}
-        num_answers += messages is not None and len(messages) < len(row[column])
-        if text.strip() and ids:
-            lengths.append(len(ids))
-            prompts.append(Prompt(text, cut_left(ids, max_length, tokenizer.bos_token_id), columns, where, messages))
-        else:
-            num_empty += 1
-    if not prompts:
-        fail(f"{path}: every prompt is empty")
-    counts = {"empty, dropped": num_empty, "lost the answer at their end": num_answers}
-    report(path, len(prompts), "prompts", counts)
-    report_lengths(lengths, max_length, "--max-prompt-length", "prompts", "lose their beginning")
-    return prompts
-
-
-def report(path, size, rows, counts: dict[str, int]):
-    notes = [f"{count:,} {name}" for name, count in counts.items() if count]
-    print(f"{os.path.relpath(path)}, {rows}: {size:,}" + (f" ({', '.join(notes)})" if notes else ""))
+def report(path, size, rows, counts: dict[str, int], forms: list[str] | None = None):
+    """The data's line: how many rows there are, which forms they have, and what was dropped."""
+    names = list(dict.fromkeys(forms or []))
+    notes = names if len(names) < 2 else [f"{forms.count(name):,} {name}" for name in names]
+    notes += [f"{count:,} {name}" for name, count in counts.items() if count]
+    print(f"{os.path.relpath(path)}, {rows}: {size:,}" + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def report_lengths(lengths: list[int], limit, flag, rows, loss):
@@ -1392,7 +1611,12 @@ def report_lengths(lengths: list[int], limit, flag, rows, loss):
 
 
 def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
-    """-> (training rows, held-out rows); without an evaluation data set, `size` random rows are held out."""
+    """-> (training rows, held-out rows); without an evaluation data set, up to `size` rows are held out.
+
+    Rows have a `digest`. The least ones are held out, and only from the lower half of all possible ones: neither the
+    number of rows nor their order counts, so rows that are added later may replace held-out rows, but never turn a row
+    that was trained on into a held-out one. Equal rows are never on both sides.
+    """
     print("Data:")
     rows = load(dataset)
     if not size:
@@ -1400,34 +1624,112 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     print("Held-out data:")
     if eval_dataset:
         return rows, load(eval_dataset)[:size]
-    if len(rows) < 2:
+    ordered = sorted(rows, key=lambda row: row.digest)
+    candidates = [row for row in ordered if row.digest < "8"] or ordered[:1]  # of hexadecimal digits: the lower half
+    last = ordered[-1].digest  # something must be left to train on, even of two rows
+    held_out = [row for row in candidates[:size] if row.digest != last]
+    if not held_out:
         fail(f"{dataset}: its one row cannot be both trained on and held out: give --eval-dataset")
-    rows = [rows[i] for i in shuffled_indices(len(rows), 0, 0, len(rows))]
-    size = min(size, len(rows) // 2)
-    print(f"{size:,} of them, which are not trained on")
-    return rows[size:], rows[:size]
+    digests = {row.digest for row in held_out}
+    print(f"{len(held_out):,} of them, which are not trained on")
+    return [row for row in rows if row.digest not in digests], held_out
 
 
-def encode(tokenizer, text, **kwargs) -> list[int]:
-    """The ids of a text, with one BOS at the most: a text that a template has written may begin with its own."""
-    ids = tokenizer(text, **kwargs)["input_ids"]
+# ---- Token ids
+
+
+def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
+    """The ids of a text that something may follow: what the tokenizer adds at its end (EOS, SEP) is left out.
+
+    What it adds in front stays, but one BOS at the most: a text that a template has written may begin with its own.
+    """
+    found = tokenizer(text, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    ids = found["input_ids"]
+    is_added = found["special_tokens_mask"]  # special tokens that the text itself holds are not marked
+    while add_special_tokens and ids and is_added[len(ids) - 1]:
+        ids = ids[:-1]
     if max(ids, default=0) >= tokenizer.num_embeddings:
         fail(f"{tokenizer.name_or_path}: has no embedding of {tokenizer.decode([max(ids)])!r}, which a text contains")
     return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
 
 
+def encode_answers(tokenizer, prompts: list[Prompt], column, eos_ids: list[int]) -> list[list[int]]:
+    """The ids of a column's answers as the policy should write them after their prompts, with an EOS at the end.
+
+    An answer in a chat ends as the chat template ends it. Some templates rewrite answers (those of reasoning models
+    drop or move the thoughts): such an answer is read as it is, with the tokenizer's EOS, and a line says so.
+    """
+    rows = []
+    num_rewritten = 0
+    for prompt in prompts:
+        text = prompt.answers[column]
+        ids = encode_turn(tokenizer, prompt, text, eos_ids) if prompt.messages else None
+        if ids is None:
+            num_rewritten += prompt.messages is not None
+            ids = encode_response(tokenizer, text)
+        rows.append(ids)
+    if num_rewritten:
+        reason = "since the chat template would change them"
+        print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")
+    return rows
+
+
+def encode_turn(tokenizer, prompt: Prompt, text, eos_ids: list[int]) -> list[int] | None:
+    """The ids of the assistant's turn up to its EOS, by the chat template; None where that would rewrite the answer."""
+    turns = []
+    for answer in (text, "X0X"):
+        messages = [*prompt.messages, dict(role="assistant", content=answer)]
+        turns.append(chat_text(tokenizer, messages, prompt.where))
+    whole, frame = turns
+    # Another answer shows what the template writes around any answer. It may cut off white space.
+    if whole not in (frame.replace("X0X", text), frame.replace("X0X", text.strip())):
+        return None
+    if not whole.startswith(prompt.text):
+        return None
+    prompt_ids = encode(tokenizer, prompt.text, add_special_tokens=False)
+    ids = encode(tokenizer, whole, add_special_tokens=False)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:  # a token lies across the border, but the policy begins to write at it
+        ids = encode_continuation(tokenizer, whole.removeprefix(prompt.text))
+    for i, token in enumerate(ids):
+        if token in eos_ids:  # what the template writes after it belongs to the next turn
+            return ids[: i + 1]
+    return [*ids, eos_id_of(tokenizer)]
+
+
 def encode_response(tokenizer, text) -> list[int]:
-    """The ids of a text as it stands after a prompt (alone, some tokenizers begin it with a space), with one EOS."""
-    if tokenizer.eos_token_id is None:
-        fail(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends a response")
-    ids = encode(tokenizer, text, add_special_tokens=False)
-    if decode(tokenizer, [ids]) != [text]:
-        anchor = encode(tokenizer, "\n", add_special_tokens=False)
-        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)
-        ids = ids[len(anchor) :]
-    if ids[-1:] != [tokenizer.eos_token_id]:
+    """The ids of a text as it stands after a prompt, with one EOS."""
+    ids = encode_continuation(tokenizer, text)
+    if ids[-1:] != [eos_id_of(tokenizer)]:
         ids.append(tokenizer.eos_token_id)
     return ids
+
+
+def encode_continuation(tokenizer, text) -> list[int]:
+    """The ids of a text as it stands after a prompt: some tokenizers begin a text alone with a space."""
+    ids = encode(tokenizer, text, add_special_tokens=False)
+    if decode(tokenizer, [ids]) == [text]:
+        return ids
+    anchor = encode(tokenizer, "\n", add_special_tokens=False)
+    return encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
+
+
+def eos_id_of(tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        fail(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends a response")
+    return tokenizer.eos_token_id
+
+
+def load_eos_ids(path, tokenizer) -> list[int]:
+    """The ids that end a policy's responses; chat models often have several."""
+    try:
+        config = transformers.GenerationConfig.from_pretrained(path)
+    except OSError:  # there is none, and transformers makes one
+        model_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.GenerationConfig.from_model_config(model_config)
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:

@@ -132,15 +132,20 @@ class Pair:
     ids: tuple[list[int], list[int]]
     ref_logprobs: tuple[float, float] = (0.0, 0.0)  # under the initial policy; log-ratios are log π before they are set
 
+    @property
+    def digest(self) -> str:
+        return self.prompt.digest
 
-def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+
+def load_pairs(path, hub, columns, tokenizer, eos_ids, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
-    prompt_column, *response_columns = columns
+    prompt_column, *answer_columns = columns
     too_long = f"of more than --response-length {max_length} tokens, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
-    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
-        responses = tuple(common.read_response(prompt, column) for column in response_columns)
-        ids = tuple(common.encode_response(tokenizer, response) for response in responses)
+    prompts = common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns)
+    columns_of_ids = [common.encode_answers(tokenizer, prompts, column, eos_ids) for column in answer_columns]
+    for prompt, ids in zip(prompts, zip(*columns_of_ids)):
+        responses = tuple(prompt.answers[column] for column in answer_columns)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:
@@ -194,11 +199,12 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+    eos_ids = common.load_eos_ids(args.model, tokenizer)
 
     def load(path):
         columns = (args.prompt_column, args.chosen_column, args.rejected_column)
         hub = (args.dataset_config, args.dataset_split)
-        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, args.response_length)
+        return load_pairs(path, hub, columns, tokenizer, eos_ids, args.max_prompt_length, args.response_length)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)

@@ -136,17 +136,21 @@ class Pair:
     responses: tuple[str, str]
     ids: tuple[list[int], list[int]]
 
+    @property
+    def digest(self) -> str:
+        return self.prompt.digest
+
 
 def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
-    prompt_column, *response_columns = columns
+    prompt_column, *answer_columns = columns
     too_long = f"of more than the model's {max_length} positions, dropped"
     pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
-    for prompt in common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length):
-        responses = tuple(common.read_response(prompt, column) for column in response_columns)
+    prompts = common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns)
+    for prompt in prompts:
+        responses = tuple(prompt.answers[column] for column in answer_columns)
         ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize) for text in responses)
-        excess = max(0, len(common.encode(tokenizer, prompt.text)) - max_prompt_length)  # tokens that the prompt loses
-        ids = tuple(common.cut_left(row, len(row) - excess, tokenizer.bos_token_id) for row in ids)
+        ids = tuple(common.cut_left(row, len(row) - prompt.num_cut, tokenizer.bos_token_id) for row in ids)
         if not all(response.strip() for response in responses):
             counts["with an empty response, dropped"] += 1
         elif ids[0] == ids[1]:

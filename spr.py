@@ -170,14 +170,22 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
     return -(weights_BT * mask_BT * logprobs_BT / denominator).sum()  # eq. 13, as a loss
 
 
-def read_demonstrations(prompts, column, tokenizer, max_length):
-    """Gives each prompt its demonstration, as token ids with EOS -> the prompts whose demonstration is not too long."""
-    for prompt in prompts:
-        text = common.read_response(prompt, column)
-        prompt.demonstration = common.encode_response(tokenizer, text)
-    lengths = [len(prompt.demonstration) for prompt in prompts]
+def read_demonstrations(path, prompts, column, tokenizer, eos_ids, max_length):
+    """Gives prompts their demonstrations, as token ids with EOS -> the prompts that have one which is not too long."""
+    missing = [prompt for prompt in prompts if prompt.answers[column] is None]
+    if column == Args.completion_column and len(missing) == len(prompts):
+        return prompts  # the data have no demonstrations, and nobody says that they do
+    kept = [prompt for prompt in prompts if (prompt.answers[column] or "").strip()]
+    if not kept:
+        common.fail(f"{path}: no row has a demonstration in the column {column!r} (--completion-column names another)")
+    num_empty = len(prompts) - len(kept) - len(missing)
+    counts = {"of the prompts have none, dropped": len(missing), "empty, dropped": num_empty}
+    common.report(path, len(kept), "demonstrations", counts)
+    for prompt, ids in zip(kept, common.encode_answers(tokenizer, kept, column, eos_ids)):
+        prompt.demonstration = ids
+    lengths = [len(prompt.demonstration) for prompt in kept]
     common.report_lengths(lengths, max_length, "--response-length", "demonstrations", "are dropped")
-    kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
+    kept = [prompt for prompt in kept if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
     return kept or common.fail(f"every demonstration has more than --response-length {max_length} tokens")
 
 
@@ -193,13 +201,13 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+    eos_ids = common.load_eos_ids(args.model, tokenizer)
 
     def load_prompts(path):
         hub = (args.dataset_config, args.dataset_split)
-        prompts = common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length)
-        if args.completion_column in prompts[0].columns:
-            return read_demonstrations(prompts, args.completion_column, tokenizer, args.response_length)
-        return prompts
+        columns = [args.completion_column]
+        prompts = common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length, columns, True)
+        return read_demonstrations(path, prompts, *columns, tokenizer, eos_ids, args.response_length)
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)

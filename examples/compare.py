@@ -79,11 +79,8 @@ def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
         prompts = []
         for tokenizer in tokenizers:
             line = line.rstrip("\n")
-            row = dict(line=[dict(role="user", content=line)] if args.chat else line)
-            text, messages = common.read_prompt(row, "line", "--chat", tokenizer)
-            ids = common.encode(tokenizer, text, add_special_tokens=not args.chat)
-            ids = common.cut_left(ids, args.max_prompt_length, tokenizer.bos_token_id)
-            prompts.append(common.Prompt(text, ids, {}, messages=messages))
+            value = [dict(role="user", content=line)] if args.chat else line
+            prompts.append(common.make_prompt(value, tokenizer, args.max_prompt_length, place="--chat"))
         if all(prompt.ids for prompt in prompts):
             yield prompts
 

@@ -4,6 +4,7 @@ No code but the reward function's is loaded, nothing is fetched unasked, and sec
 """
 
 import dataclasses
+import gzip
 import importlib
 import json
 import shutil
@@ -115,7 +116,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --response-length 65 | is more than the 128 positions of""",
     "reward_model": """
         --chosen-column best | no column 'best'; there are:
-        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: no others
+        --dataset examples/reviews/prompts.jsonl | no column 'chosen'; there are: prompt
         --model no/such/model --dataset examples/reviews/preferences.jsonl | no folder no/such/model here""",
     "dpo": """
         --chosen-column best | no column 'best'; there are:
@@ -157,6 +158,11 @@ PROMPT_FILES = {  # name: (content, what is said)
     "latin.jsonl": (b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "latin.jsonl:2: not UTF-8"),
     "latin.csv": (b"prompt\nx\n\xe9\n", "latin.csv:3: not UTF-8"),
     "gzip.jsonl": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "gzip.jsonl:1: not UTF-8"),
+    "broken.jsonl.gz": ('{"prompt": "x"}\n', "broken.jsonl.gz: Not a gzipped file"),
+    "half.jsonl.gz": (gzip.compress(b'{"prompt": "x"}')[:-9], "half.jsonl.gz: "),
+    "latin.jsonl.gz": (gzip.compress(b'{"prompt": "x"}\n\xe9'), "latin.jsonl.gz:2: not UTF-8"),
+    "narrow.tsv": ("prompt\tn\nx\t1\ny\n", "narrow.tsv:3: not 2 columns"),
+    "half.ndjson": ('{"prompt": "x"}\n{"prompt": "y\n', "half.ndjson:2: "),
     "surrogate.jsonl": ('{"prompt": "\\ud800"}\n', "surrogate.jsonl:1: "),
     "nul.jsonl": ('{"prompt": "x"}\n\x00\x00\n', "nul.jsonl:2: "),
     "half.jsonl": ('{"prompt": "x"}\n{"prompt": "y\n', "half.jsonl:2: "),

@@ -1,12 +1,24 @@
-"""Reading prompts: formats, truncation, chat messages, held-out rows and the stream of batches."""
+"""Reading data: formats, truncation, the forms of rows, ends of turns, held-out rows and the stream of batches."""
 
 import collections
+import csv
+import dataclasses
+import gzip
 import json
+import types
 
 import pytest
-from conftest import example_tokenizer, start_backend
+import tokenizers
+import torch
+from conftest import EXAMPLE, example_tokenizer, run_here, start_backend
+from tokenizers.processors import TemplateProcessing
 
 import common
+import dpo
+import reward_model
+import spr
+
+HUB = (None, "train")
 
 
 def write(path, *lines: str) -> str:
@@ -33,8 +45,35 @@ def test_all_formats_give_the_same_rows(tmp_path):
         parquet=str(tmp_path / "a.parquet"),
     )
     datasets.Dataset.from_list(ROWS).to_parquet(files["parquet"])
+    files["ndjson"] = write(tmp_path / "a.ndjson", *map(json.dumps, ROWS))
+    files["tsv"] = write(tmp_path / "a.tsv", "prompt\tlabel", "It was\ta, b", '"They ""said"""\tü\u2028x')
+    for kind in ("jsonl", "ndjson", "json", "csv", "tsv"):
+        packed = tmp_path / f"b.{kind}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / f"a.{kind}").read_bytes()))
+        files[packed.name] = str(packed)
     for path in files.values():
         assert [row for _, row in common.load_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.xlsx", "prompts.jsonl.zip"])
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path, capsys, name):
+    (tmp_path / name).write_text("The plot\n")
+    with pytest.raises(SystemExit):
+        common.load_rows(str(tmp_path / name))
+    assert f"{name}: not a .jsonl, .ndjson, .json, .csv, .tsv file" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_decoded_do_no_harm_where_nobody_reads_them(tmp_path, tokenizer):
+    import datasets
+
+    image = dict(bytes=b"no image", path=None)
+    rows = [dict(prompt="The plot", image=image, images=[image], more=dict(image=image), label=3)]
+    kinds = dict(prompt=datasets.Value("string"), image=datasets.Image(), images=datasets.List(datasets.Image()))
+    kinds |= dict(more=dict(image=datasets.Image()), label=datasets.Value("int64"))
+    path = str(tmp_path / "p.parquet")
+    datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
+    (prompt,) = load(path, tokenizer)
+    assert prompt.text == "The plot" and prompt.columns["label"] == 3 and prompt.columns["image"] == image
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -81,7 +120,7 @@ def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path
     assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
     assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
     out = capsys.readouterr().out
-    assert "prompts: 2 (2 empty, dropped)" in out
+    assert "prompts: 2 (texts; 2 empty, dropped)" in out
     assert "warning: 1 of 2 prompts are longer than --max-prompt-length 5 and lose their beginning" in out
 
 
@@ -90,6 +129,78 @@ def test_a_bos_stays_in_front_when_a_prompt_is_cut():
     assert common.cut_left([9, 1, 2, 3, 4], 3, bos_id=None) == [2, 3, 4]
     assert common.cut_left([9, 1, 2, 3, 4], 1, bos_id=9) == [4]
     assert common.cut_left([9, 1], 3, bos_id=9) == [9, 1]
+
+
+@dataclasses.dataclass
+class Additions:
+    """What a tokenizer adds around a text, as ids of the example's two special tokens."""
+
+    front: list[int]
+    end: list[int]
+
+    def tokenizer(self):
+        tokenizer = example_tokenizer()
+        names = {0: "<|endoftext|>", 1: "<|pad|>"}
+        form = [names[token] for token in self.front] + ["$A"] + [names[token] for token in self.end]
+        ids = [(name, token) for token, name in names.items()]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=" ".join(form), special_tokens=ids)
+        if self.front:
+            tokenizer.bos_token = names[self.front[0]]
+        return tokenizer
+
+
+ADDITIONS = {
+    "nothing": Additions([], []),
+    "EOS": Additions([], [0]),
+    "SEP": Additions([], [1]),
+    "SEP and EOS": Additions([], [1, 0]),
+    "BOS = EOS in front": Additions([0], []),
+    "BOS = EOS on both sides": Additions([0], [0]),
+    "CLS ... SEP": Additions([1], [0]),
+}
+PAIR = dict(prompt="The plot of the film", chosen=" was good.", rejected=" was bad.", completion=" was good.")
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_prompts_end_where_they_end(tmp_path, name):
+    """Whatever the tokenizer adds at the end of a text; what it adds in front stays. All scripts agree."""
+    tokenizer, front = ADDITIONS[name].tokenizer(), ADDITIONS[name].front
+    plain = example_tokenizer()
+    prompt, chosen = (plain(PAIR[column])["input_ids"] for column in ("prompt", "chosen"))
+    assert tokenizer(PAIR["prompt"])["input_ids"] == front + prompt + ADDITIONS[name].end
+    path = write(tmp_path / "p.jsonl", json.dumps(PAIR))
+    columns = ("prompt", "chosen", "rejected")
+    (policy_prompt,) = load(path, tokenizer)
+    (pair,) = dpo.load_pairs(path, HUB, columns, tokenizer, [0], 64, 48)
+    (scored,) = reward_model.load_pairs(path, HUB, columns, tokenizer, 64, 128)
+    demonstrated = common.load_prompts(path, HUB, "prompt", tokenizer, 64, ["completion"], may_lack_answers=True)
+    (demonstrated,) = spr.read_demonstrations(path, demonstrated, "completion", tokenizer, [0], 48)
+    assert policy_prompt.ids == pair.prompt.ids == demonstrated.ids == scored.prompt.ids == front + prompt
+    assert pair.ids[0] == demonstrated.demonstration == chosen + [0]
+    assert scored.ids[0] == front + plain(PAIR["prompt"] + PAIR["chosen"])["input_ids"] + [0]
+    assert common.reward_model_ids(tokenizer, policy_prompt, PAIR["chosen"], 128) == scored.ids[0]
+
+
+def test_special_tokens_at_the_end_of_the_text_itself_stay(tmp_path):
+    for text, expected in (("The plot<|endoftext|>", [0]), ("The plot<|pad|><|endoftext|>", [1, 0])):
+        (prompt,) = load(write(tmp_path / "p.jsonl", json.dumps(dict(prompt=text))), ADDITIONS["EOS"].tokenizer())
+        assert prompt.ids == example_tokenizer()("The plot")["input_ids"] + expected
+
+
+def test_a_bos_stays_in_front_in_every_caller(tmp_path):
+    tokenizer = ADDITIONS["BOS = EOS on both sides"].tokenizer()
+    path = write(tmp_path / "p.jsonl", json.dumps(PAIR))
+    columns = ("prompt", "chosen", "rejected")
+    plain = example_tokenizer()
+    whole = plain(PAIR["prompt"] + PAIR["chosen"])["input_ids"]
+    size = len(plain(PAIR["prompt"])["input_ids"])
+    kept = [0, *whole[size - 2 : size]]
+    (prompt,) = load(path, tokenizer, max_length=3)
+    (pair,) = dpo.load_pairs(path, HUB, columns, tokenizer, [0], 3, 48)
+    (scored,) = reward_model.load_pairs(path, HUB, columns, tokenizer, 3, 128)
+    assert prompt.ids == pair.prompt.ids == kept and prompt.num_cut == size + 1 - 3
+    assert scored.ids[0] == [0, *whole[size - 2 :], 0]
+    assert common.reward_model_ids(tokenizer, prompt, PAIR["chosen"], len(whole)) == [0, *whole[2:], 0]
 
 
 def test_a_text_gets_one_bos_at_the_most():
@@ -113,29 +224,386 @@ def test_chat_messages_go_through_the_template_without_a_second_bos(tmp_path):
     )
 
 
-def test_a_response_in_messages_is_their_last_content(capsys):
-    hi = dict(role="user", content="Hi")
-    row = dict(chosen=[hi, dict(role="assistant", content=" good")])
-    assert common.read_response(common.Prompt("Hi", [], row, messages=[hi]), "chosen") == " good"
+# ---------------------------------------------------------------- Forms of rows
+
+
+def user(text) -> dict:
+    return dict(role="user", content=text)
+
+
+def bot(text) -> dict:
+    return dict(role="assistant", content=text)
+
+
+SYSTEM, ASK, GOOD, BAD = dict(role="system", content="Be brief"), user("Was it good?"), bot("Yes."), bot("No.")
+TALK = [SYSTEM, user("Hi"), bot("Hello."), ASK]  # before the answer
+DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Was it good?\n\nAssistant:"
+
+
+@dataclasses.dataclass
+class Form:
+    """A row of a preference file, the row that says the same plainly, and what the data's line says of it."""
+
+    row: dict
+    plain: dict
+    said: str
+    prompt_column: str = "prompt"
+
+
+PLAIN_CHAT = dict(prompt=TALK, chosen="Yes.", rejected="No.")
+SHORT_CHAT = dict(prompt=[ASK], chosen="Yes.", rejected="No.")
+PLAIN_TEXT = dict(prompt=DIALOGUE, chosen=" It was good.", rejected=" I hated it.")
+FORMS = {
+    "texts": Form(PLAIN_TEXT, PLAIN_TEXT, "(texts)"),
+    "HH": Form(
+        dict(chosen=DIALOGUE + " It was good.", rejected=DIALOGUE + " I hated it."),
+        PLAIN_TEXT,
+        "(texts; the prompt is what chosen and rejected share)",
+    ),
+    "HH with a common beginning of a word": Form(
+        dict(chosen="Q: Why?\nA: It isn't", rejected="Q: Why?\nA: It is"),
+        dict(prompt="Q: Why?\nA: It", chosen=" isn't", rejected=" is"),
+        "(texts; the prompt is what chosen and rejected share)",
+    ),
+    "whole texts beside their prompt": Form(
+        dict(prompt=DIALOGUE, chosen=DIALOGUE + " It was good.", rejected=DIALOGUE + " I hated it."),
+        PLAIN_TEXT,
+        "(texts; answers repeat the prompt, which is cut off)",
+    ),
+    "one more column": Form(PLAIN_TEXT | dict(question=ASK), PLAIN_TEXT, "(texts)"),
+    "an answer alone as messages": Form(PLAIN_TEXT | dict(chosen=[bot(" It was good.")]), PLAIN_TEXT, "(texts)"),
+    "UltraFeedback": Form(
+        dict(prompt=ASK["content"], chosen=[ASK, GOOD], rejected=[ASK, BAD]),
+        SHORT_CHAT,
+        "(conversations; 'prompt' is a user's message of each)",
+    ),
+    "UltraFeedback, several turns": Form(
+        dict(prompt="Hi", chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
+        PLAIN_CHAT,
+        "(conversations; 'prompt' is a user's message of each)",
+    ),
+    "a text beside a conversation and an answer alone": Form(
+        dict(prompt=ASK["content"], chosen=[ASK, GOOD], rejected=[BAD]),
+        SHORT_CHAT,
+        "(conversations; 'prompt' is a user's message of each)",
+    ),
+    "messages": Form(dict(prompt=TALK, chosen=[GOOD], rejected=[BAD]), PLAIN_CHAT, "(conversations)"),
+    "messages and texts": Form(dict(prompt=TALK, chosen=[GOOD], rejected="No."), PLAIN_CHAT, "(conversations)"),
+    "whole conversations": Form(
+        dict(prompt=TALK, chosen=[*TALK, GOOD], rejected=[*TALK, BAD]), PLAIN_CHAT, "(conversations)"
+    ),
+    "conversations alone": Form(
+        dict(chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
+        PLAIN_CHAT,
+        "(conversations; the prompt is what chosen and rejected share)",
+    ),
+    "conversations under another flag": Form(
+        dict(prompt="x", chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
+        PLAIN_CHAT,
+        "(conversations; their last messages are the answers)",
+        prompt_column="chosen",
+    ),
+    "messages as texts of JSON": Form(
+        {name: json.dumps(value) for name, value in dict(prompt=TALK, chosen=[GOOD], rejected=[*TALK, BAD]).items()},
+        PLAIN_CHAT,
+        "(conversations)",
+    ),
+}
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def chat_tokenizer(template=CHATML, *tokens):
+    tokenizer = example_tokenizer()
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<|im_start|>", "<|im_end|>", *tokens]))
+    tokenizer.num_embeddings = len(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def as_both(path, row, prompt_column="prompt") -> list[tuple]:
+    """What dpo.py and reward_model.py read."""
+    write(path, json.dumps(row))
+    columns, tokenizer = (prompt_column, "chosen", "rejected"), chat_tokenizer()
+    (pair,) = dpo.load_pairs(str(path), HUB, columns, tokenizer, [0], 200, 48)
+    (scored,) = reward_model.load_pairs(str(path), HUB, columns, tokenizer, 200, 400)
+    prompts = [pair.prompt, scored.prompt]
+    return [(prompt.text, prompt.ids, prompt.messages) for prompt in prompts] + [pair.ids, scored.ids, pair.responses]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_pairs_of_every_form_are_read_as_the_plain_row_is(tmp_path, capsys, name):
+    form = FORMS[name]
+    found = as_both(tmp_path / "form.jsonl", form.row, form.prompt_column)
+    assert f"form.jsonl, prompts: 1 {form.said}\n" in capsys.readouterr().out
+    assert found == as_both(tmp_path / "plain.jsonl", form.plain)
+    assert found[0][0].startswith(("<|im_start|>", "\n\nHuman", "Q: "))
+    assert found[4] == (form.plain["chosen"], form.plain["rejected"])
+
+
+def test_a_file_of_several_forms_says_how_many_there_are_of_each(tmp_path, capsys):
+    rows = [FORMS[name].row for name in ("texts", "messages", "texts")]
+    rows += [dict(prompt="It", chosen="It is", rejected="No")]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
+    dpo.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), chat_tokenizer(), [0], 200, 48)
+    said = "prompts: 4 (3 texts; 1 conversations; 1 answers begin like their prompt, read as they are)"
+    assert said in capsys.readouterr().out
+
+
+WRONG_ROWS = {  # what is said: the row
+    "'chosen' ends with a message of the user": dict(prompt=[ASK], chosen=[ASK, GOOD, user("Bye")], rejected="No."),
+    "the messages of 'rejected' before its answer are not": dict(prompt=[ASK], chosen=[GOOD], rejected=[SYSTEM, BAD]),
+    "the messages of 'chosen' before its answer are not": dict(prompt=TALK, chosen=[ASK, GOOD], rejected=[BAD]),
+    "'chosen' is a conversation in which 'prompt' is no": dict(prompt="Hi", chosen=[ASK, GOOD], rejected=[ASK, BAD]),
+    "the messages of 'rejected' before": dict(chosen=[*TALK, GOOD], rejected=[ASK, BAD]),
+    "'rejected' ends with a message of the user": dict(chosen=[ASK, GOOD], rejected=[ASK, user("No.")]),
+    "are not both texts or both conversations": dict(chosen="Yes.", rejected=[BAD]),
+    "no column 'prompt', and 'chosen' and 'rejected' have no common": dict(q="x", chosen=" Yes.", rejected=" No."),
+    "no column 'rejected'; there are: prompt, chosen": dict(prompt="x", chosen="y"),
+    "'rejected' is None": dict(prompt="x", chosen="y", rejected=None),
+    "'prompt' has the role 'model'": dict(prompt=[ASK, dict(role="model", content="Yes.")], chosen="y", rejected="z"),
+    "'prompt' holds chat messages, but not as JSON": dict(prompt=str([ASK]), chosen="y", rejected="z"),
+    "'chosen' holds chat messages, but not as JSON": dict(prompt=[ASK], chosen=json.dumps([GOOD])[:-5], rejected="z"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ROWS)
+def test_rows_that_are_no_form_are_refused_by_file_and_line(tmp_path, capsys, message):
+    rows = [dict(chosen=[ASK, GOOD], rejected=[ASK, BAD]), WRONG_ROWS[message]]
+    if "prompt" in rows[1]:
+        rows[0]["prompt"] = [ASK]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
+    with pytest.raises(SystemExit) as error:
+        reward_model.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), chat_tokenizer(), 200, 400)
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and f"{path}:2: " in err and message in err
+
+
+def test_a_prompt_column_that_the_user_names_must_be_there(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", json.dumps(FORMS["HH"].row))
     with pytest.raises(SystemExit):
-        common.read_response(common.Prompt("Hi", [], row, where="a.jsonl:1"), "chosen")
-    assert "a.jsonl:1: 'chosen' is a conversation, the prompt a text" in capsys.readouterr().err
+        dpo.load_pairs(path, HUB, ("question", "chosen", "rejected"), chat_tokenizer(), [0], 200, 48)
+    assert "p.jsonl:1: no column 'question'; there are: chosen, rejected" in capsys.readouterr().err
+
+
+def test_texts_that_only_look_like_messages_stay_texts(tmp_path, tokenizer):
+    texts = ["[1, 2] is a list", "[]", "[[1]]", '[{"a": 1}]', "[The plot]"]
+    path = write(tmp_path / "p.jsonl", *(json.dumps(dict(prompt=text)) for text in texts))
+    assert [prompt.text for prompt in load(path, tokenizer)] == texts
+
+
+def test_messages_of_a_csv_are_messages(tmp_path):
+    path = tmp_path / "p.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "label"], [json.dumps(TALK), "3"]])
+    (prompt,) = load(path, chat_tokenizer())
+    assert prompt.messages == TALK and prompt.columns == dict(label="3")
+
+
+# ---------------------------------------------------------------- Demonstrations
+
+
+def demonstrations(path, *rows, column="completion", prompt_column="prompt", tokenizer=None) -> list[common.Prompt]:
+    write(path, *map(json.dumps, rows))
+    tokenizer = tokenizer or chat_tokenizer()
+    prompts = common.load_prompts(str(path), HUB, prompt_column, tokenizer, 200, [column], may_lack_answers=True)
+    return spr.read_demonstrations(str(path), prompts, column, tokenizer, [0], 48)
+
+
+def test_demonstrations_are_looked_for_in_every_row(tmp_path, capsys, tokenizer):
+    rows = [dict(prompt="The plot"), dict(prompt="The cast", completion=" was good.")]
+    rows += [dict(prompt="A", completion=None), dict(prompt="B", completion=""), dict(prompt="C", completion=" bad")]
+    found = demonstrations(tmp_path / "p.jsonl", *rows)
+    assert [prompt.text for prompt in found] == ["The cast", "C"]
+    assert found[0].demonstration == tokenizer(" was good.")["input_ids"] + [0]
+    said = "demonstrations: 2 (2 of the prompts have none, dropped; 1 empty, dropped)"
+    assert said in capsys.readouterr().out
+
+
+def test_a_completion_column_that_no_row_has_is_refused_if_the_user_names_it(tmp_path, capsys):
+    data = write(tmp_path / "p.jsonl", *[json.dumps(dict(prompt=f"The plot {i}", completion="x")) for i in range(8)])
+    flags = ["--dataset", data, "--reward-model", EXAMPLE / "reward_model", "--completion-column", "completions"]
+    assert run_here("spr", *flags, "--output-dir", tmp_path / "r") == 2
+    assert "p.jsonl: no row has a demonstration in the column 'completions'" in capsys.readouterr().err
+
+
+def test_the_last_answer_of_messages_is_a_demonstration(tmp_path, capsys):
+    rows = [dict(messages=[*TALK, GOOD]), dict(messages=TALK), dict(messages=[ASK, BAD])]
+    found = demonstrations(tmp_path / "p.jsonl", *rows, column="messages", prompt_column="messages")
+    assert "(conversations; their last messages are the answers)" in capsys.readouterr().out
+    plain = [dict(prompt=TALK, completion="Yes."), dict(prompt=[ASK], completion="No.")]
+    expected = demonstrations(tmp_path / "plain.jsonl", *plain)
+    assert [(p.text, p.ids, p.demonstration) for p in found] == [(p.text, p.ids, p.demonstration) for p in expected]
+    with pytest.raises(SystemExit):
+        demonstrations(tmp_path / "p.jsonl", dict(text="x"), column="text", prompt_column="text")
+    assert "p.jsonl:1: 'text' is a text; a column that holds prompt and answer" in capsys.readouterr().err
+
+
+GEMMA = "{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+GEMMA += "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+GEMMA += "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+LLAMA_2 = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+LLAMA_2 += "<|endoftext|>{% endif %}{% endfor %}"
+LLAMA_3 = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+LLAMA_3 += "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>\n\n{% endif %}"
+BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+BARE += "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@dataclasses.dataclass
+class Ending:
+    """A chat template, the policy's EOS tokens, and where the assistant's turn ends."""
+
+    template: str
+    eos: list[str]
+    end: str
+
+
+ENDINGS = {
+    "Gemma": Ending(GEMMA, ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
+    "ChatML": Ending(CHATML, ["<|im_end|>"], "<|im_end|>"),
+    "ChatML on a base model": Ending(CHATML, ["<|endoftext|>"], "<|im_end|>\n<|endoftext|>"),
+    "Llama 2": Ending(LLAMA_2, ["<|endoftext|>"], " <|endoftext|>"),
+    "Llama 3": Ending(LLAMA_3, ["<|im_end|>", "<|endoftext|>"], "<|im_end|>"),
+    "no end": Ending(BARE, ["<|endoftext|>"], "\n<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+@pytest.mark.parametrize("answer", ["Yes.", "The plot was\n\ngood.", " Yes. "])
+def test_a_turn_ends_as_the_template_ends_it(tmp_path, capsys, name, answer):
+    ending = ENDINGS[name]
+    tokenizer = chat_tokenizer(ending.template, "<|im_sep|>")
+    eos_ids = tokenizer.convert_tokens_to_ids(ending.eos)
+    row = dict(prompt=[user("Hi")], completion=answer, chosen=answer, rejected=[bot("No.")])
+    path = write(tmp_path / "p.jsonl", json.dumps(row))
+    prompts = common.load_prompts(path, HUB, "prompt", tokenizer, 200, ["completion"], may_lack_answers=True)
+    (prompt,) = spr.read_demonstrations(path, prompts, "completion", tokenizer, eos_ids, 48)
+    (pair,) = dpo.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), tokenizer, eos_ids, 200, 48)
+    assert pair.ids[0] == prompt.demonstration and "since the chat template" not in capsys.readouterr().out
+
+    ids = tokenizer.apply_chat_template([user("Hi"), bot(answer)], return_dict=False)
+    ends = [i for i in range(len(prompt.ids), len(ids)) if ids[i] in eos_ids]
+    expected = ids[: ends[0] + 1] if ends else [*ids, tokenizer.eos_token_id]
+    assert prompt.ids + prompt.demonstration == expected
+    assert tokenizer.decode(prompt.demonstration).endswith(ending.end)
+
+
+THINKING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+THINKING += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OPENED = CHATML.replace("assistant\n{%", "assistant\n<think>{%")
+
+
+TURN_END = "<|im_end|>\n<|endoftext|>"
+REWRITTEN = {  # the template: the texts of the demonstrations
+    THINKING: ["<think>Hm</think>Yes.<|endoftext|>", "Yes." + TURN_END],
+    OPENED: ["Hm</think>Yes." + TURN_END, "Yes.<|endoftext|>"],
+    CHATML: ["<think>Hm</think>Yes." + TURN_END, "Yes." + TURN_END],
+}
+
+
+@pytest.mark.parametrize("template", REWRITTEN)
+def test_an_answer_that_the_template_would_rewrite_is_read_as_it_is(tmp_path, capsys, template):
+    """As templates of reasoning models do: they drop the thoughts, or begin them in the prompt."""
+    rows = [dict(prompt=[user("Hi")], completion=text) for text in ("<think>Hm</think>Yes.", "Yes.")]
+    tokenizer = chat_tokenizer(template)
+    found = demonstrations(tmp_path / "p.jsonl", *rows, tokenizer=tokenizer)
+    assert [tokenizer.decode(prompt.demonstration) for prompt in found] == REWRITTEN[template]
+    said = "1 of 'completion' are read as they are and end with <|endoftext|>, since the chat template would change"
+    assert (said in capsys.readouterr().out) == (template != CHATML)
+
+
+def test_the_ids_that_end_a_response_are_the_policy_s(tmp_path):
+    model = common.transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy")
+    tokenizer = example_tokenizer()
+    for ids in (5, [5, 7], None):
+        model.generation_config.eos_token_id = ids
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        policy = common.load_policy(str(tmp_path), tokenizer, common.Sampling(8, 8, 1.0, 8), start_backend())
+        assert common.load_eos_ids(str(tmp_path), tokenizer) == policy.eos_ids
+    (tmp_path / "generation_config.json").unlink()  # then the model's config is asked
+    policy = common.load_policy(str(tmp_path), tokenizer, common.Sampling(8, 8, 1.0, 8), start_backend())
+    assert common.load_eos_ids(str(tmp_path), tokenizer) == policy.eos_ids == [0]
+
+
+# ---------------------------------------------------------------- Special tokens
+
+
+@pytest.mark.parametrize("text", ["<think>Hm</think> Yes.", " <think>", "It was<tool> good"])
+def test_special_tokens_are_seen_and_what_is_decoded_encodes_to_itself(text):
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<think>", "</think>", "<tool>"]))
+    tokenizer.num_embeddings = len(tokenizer)
+    policy = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=[0, 9], device=torch.device("cpu"))
+    ids = tokenizer(text)["input_ids"]
+    prompt = common.Prompt("The plot", [5], {})
+    for end in ([0], [9], [], [1, 1, 0]):
+        (found,) = common.as_responses(policy, [prompt], [ids + end]).texts
+        assert found == text
+    assert common.encode_response(tokenizer, text) == ids + [0]
+
+
+def test_decoding_leaves_the_spaces_before_signs():
+    """Some tokenizers of words ask for "great?" where the text has "great ?", which they do not know again."""
+    words = ["</s>", "<unk>", "a", "was", "great", "?", "I", "'m"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = common.transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    )
+    tokenizer.num_embeddings = len(words)
+    assert common.decode(tokenizer, [[3, 4, 5, 6, 7, 0]], [0]) == [" was great ? I 'm"]
+    assert common.encode_response(tokenizer, " was great ? I 'm") == [3, 4, 5, 6, 7, 0]
 
 
 # ---------------------------------------------------------------- Held-out rows and batches
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    number: int
+    digest: str
+
+
+def rows_with(digests: str) -> list[Row]:
+    return [Row(number, digest) for number, digest in enumerate(digests)]
+
+
 def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
-    files = dict(a=list(range(10)), b=[10, 11, 12], one=[0])
-    assert common.train_and_held_out(files.get, "a", "b", 2) == (files["a"], [10, 11])
-    train, held_out = common.train_and_held_out(files.get, "a", None, 3)
-    assert len(held_out) == 3 and sorted(train + held_out) == files["a"]
-    assert common.train_and_held_out(files.get, "a", None, 3) == (train, held_out)  # the same ones in every run
-    assert len(common.train_and_held_out(files.get, "a", None, 64)[1]) == 5
-    assert common.train_and_held_out(files.get, "a", "b", 0) == (files["a"], [])  # in their order
-    with pytest.raises(SystemExit) as error:
-        common.train_and_held_out(files.get, "one", None, 3)
-    assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+    a, b, one = rows_with("9371fc"), rows_with("052"), rows_with("3")
+    files = dict(a=a, b=b, one=one, same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
+    assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
+    assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
+    assert common.train_and_held_out(files.get, "a", "b", 0) == (a, [])
+    for name in ("high", "low"):  # one row on each side is always left
+        train, held_out = common.train_and_held_out(files.get, name, None, 64)
+        assert train and held_out and len(train + held_out) == len(files[name])
+    for name in ("one", "same"):
+        with pytest.raises(SystemExit) as error:
+            common.train_and_held_out(files.get, name, None, 3)
+        assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_appended_rows_never_turn_a_trained_row_into_a_held_out_one(tmp_path, tokenizer, size):
+    lines = [json.dumps(dict(prompt=f"The plot {number}", number=number)) for number in range(80)]
+    path = tmp_path / "p.jsonl"
+    trained = set()
+    for length in (24, 25, 40, 80):
+        write(path, *lines[:length], *lines[:12])  # some rows are there twice
+        train, held_out = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)
+        assert 0 < len(held_out) <= size
+        numbers = {prompt.columns["number"] for prompt in held_out}
+        assert not numbers & trained
+        trained |= {prompt.columns["number"] for prompt in train}
+        assert not numbers & trained and len(numbers | trained) == length
+    write(path, *reversed(lines), *lines[:12])  # nor does the order count
+    again = common.train_and_held_out(lambda path: load(path, tokenizer), str(path), None, size)[1]
+    assert [prompt.text for prompt in again] == [prompt.text for prompt in held_out]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])

@@ -95,7 +95,7 @@ def test_a_model_of_one_s_own_needs_data_of_one_s_own(monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize("script, how", [("remax", []), ("ppo", []), ("spr", []), ("spr", ["--num-samples", "2"])])
 def test_data_of_one_s_own_needs_a_reward_and_is_held_out_from(tmp_path, capsys, script, how):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "The plot"}\n' * 16)
+    path.write_text("".join(f'{{"prompt": "The plot {number}"}}\n' for number in range(16)))
     flags = [*SHORT, "--eval-every", 1, "--eval-size", 3, "--dataset", path, "--output-dir", tmp_path / "r", *how]
     assert run_here(script, *flags) == 2
     assert "error: --reward-model or --reward-function: give one" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_a_conversation_loses_the_answer_at_its_end(tmp_path, capsys, chat_token
     first = "<user>The plot<assistant>"
     assert [prompt.text for prompt in prompts] == [first, first, f"{first} was good.{first}"]
     assert [prompt.messages for prompt in prompts] == [[HI], [HI], [HI, HELLO, HI]]
-    assert "prompts: 3 (1 lost the answer at their end)" in capsys.readouterr().out
+    assert "prompts: 3 (conversations; 1 lost the answer at their end)" in capsys.readouterr().out
     path.write_text(json.dumps(dict(messages=[HELLO])))
     with pytest.raises(SystemExit):
         common.load_prompts(str(path), (None, "train"), "messages", chat_tokenizer, 64)
@@ -193,7 +193,7 @@ def test_a_reward_model_of_chats_is_trained_as_it_scores(tmp_path, chat_tokenize
     (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in pair.ids]
     assert texts == ["<user>The plot<assistant> was good.", "<user>The plot<assistant> was bad."]
-    (pair,) = dpo.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
+    (pair,) = dpo.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, [0], 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in (pair.prompt.ids, *pair.ids)]
     assert texts == ["<user>The plot<assistant>", " was good.<|endoftext|>", " was bad.<|endoftext|>"]
     path.write_text(json.dumps(dict(prompt="The plot", messages=[HI, HELLO], chosen=[HELLO], rejected=" was bad.")))
@@ -273,8 +273,8 @@ def test_broken_json_has_one_place(tmp_path, capsys):
 def test_a_configuration_of_a_hub_data_set(monkeypatch):
     import datasets
 
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [dict(a=1)])
+    asked, table = [], datasets.Dataset.from_list([dict(a=1)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or table)
     assert common.load_rows("openai/gsm8k", "main", "test") == [("openai/gsm8k: row 1", dict(a=1))]
     assert asked == [(("openai/gsm8k", "main"), dict(split="test"))]
 

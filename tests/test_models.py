@@ -267,7 +267,7 @@ def reward(prompts, responses, **columns):
         assert {row["prompt"] + row["response"] for row in rows} == {"The movie was great"}
 
 
-@pytest.mark.parametrize("text", [" was great", "great", " ", "\nwas"])
+@pytest.mark.parametrize("text", [" was great", "great", " a ", "\nwas"])
 def test_demonstrations_decode_to_themselves_after_a_prompt(text, llama_tokenizer, llama_folders, tmp_path, tokenizer):
     """M1"""
     for each in (llama_tokenizer, tokenizer):

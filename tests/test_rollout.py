@@ -231,10 +231,10 @@ def test_texts_are_decoded_as_they_stand_after_a_prompt(tokenizer):
     words = words_tokenizer()
     rows = [[5, 6, 8, 0], [7, 6], [0], []]
     assert words.decode(rows[0], skip_special_tokens=True) == "was great."  # the space is lost
-    assert common.decode(words, rows) == [" was great.", "was great", "", ""]
+    assert common.decode(words, rows, [0]) == [" was great.", "was great", "", ""]
     texts = [" was a treat.", "was a treat.", " ", "", "\n\nNo.", "🎬"]
     rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    assert common.decode(tokenizer, rows) == texts
+    assert common.decode(tokenizer, rows, [0]) == texts
 
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
@@ -248,13 +248,13 @@ def test_texts_are_decoded_whole_where_the_tokenizer_knows_no_letters(unknown):
     tokenizer.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token=unknown)
     rows = [[words.index(letter) for letter in text] + [0] for text in ("12 + 7=19", "3")]
-    assert common.decode(tokenizer, rows) == ["12 + 7=19", "3"]
+    assert common.decode(tokenizer, rows, [0]) == ["12 + 7=19", "3"]
 
 
 def test_demonstrations_are_encoded_as_they_stand_after_a_prompt(tokenizer):
     words = words_tokenizer()
     assert common.encode_response(words, " was great.") == [5, 6, 8, words.eos_token_id]
-    for text in (" was a treat.", "was a treat.", "\nNo.", ""):
+    for text in (" was a treat.", "was a treat.", "\nNo.", "", " "):
         for end in ("", tokenizer.eos_token):  # some data have it
             assert common.encode_response(tokenizer, text + end) == tokenizer(text)["input_ids"] + [0]
     words.eos_token = None

@@ -384,7 +384,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     assert pairs[0].prompt.text == long and pairs[1].responses == (" good", " bad")
 
     found = dpo.load_pairs(
-        str(tmp_path / "p.jsonl"), (None, "train"), ("prompt", "chosen", "rejected"), tokenizer, 4, 40
+        str(tmp_path / "p.jsonl"), (None, "train"), ("prompt", "chosen", "rejected"), tokenizer, [0], 4, 40
     )
     assert [(pair.prompt.text, pair.responses) for pair in found] == [(p.prompt.text, p.responses) for p in pairs]
     assert found[0].prompt.ids == tokenizer(long)["input_ids"][-4:]
@@ -394,7 +394,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
 
 BAD = {
     "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
-    "null_values.jsonl": ":6: 'prompt' is None",
+    "null_values.jsonl": ":3: 'chosen' is None",
     "wrong_types.jsonl": ":6: 'prompt' is 42",
     "chosen_equals_rejected_all.jsonl": "no pair is left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
