@@ -12,7 +12,6 @@ with a bootstrap interval over batches. Appends to benchmark/results/gradient_va
 import os
 import subprocess
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    backend = common.start_processes(types.SimpleNamespace(**flags, micro_batch_size=args.batch_size))
+    backend = common.start_processes(**flags, micro_batch_size=args.batch_size)
     head = commit()
     for task in args.tasks:
         where = tuned.TASKS[task]

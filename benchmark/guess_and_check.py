@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from rows import RESULTS, append_row, commit, read_rows  # noqa: E402
 
 import common  # noqa: E402
-import remax  # noqa: E402
 
 EXAMPLE = "examples/guess_and_check"
 ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")  # before this process joins a group
@@ -76,13 +75,14 @@ def run(script: str, flags: str, folder: Path) -> dict:
 def measure(path: Path) -> dict:
     """Of 8 sampled responses and the greedy one to each held-out question."""
     os.chdir(ROOT)
-    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60, micro_batch_size=100)
-    backend = common.start_processes(flags)
-    tokenizer = common.load_tokenizer(flags.model)
+    initial = f"{EXAMPLE}/policy"
+    flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    backend = common.start_processes(**flags, micro_batch_size=100)
+    tokenizer = common.load_tokenizer(initial)
     sampling = common.Sampling(64, 60, 1.0, 900)
     policy, reference = (
         common.freeze(common.load_policy(str(folder), tokenizer, sampling, backend), backend)
-        for folder in (path, flags.model)
+        for folder in (path, initial)
     )
     prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
     reward = common.Reward(None, f"{EXAMPLE}/rule.py:reward", 0.0, backend)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from unittest.mock import patch
 
@@ -260,7 +259,7 @@ def start_backend(**flags):
     import common
 
     defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    return common.start_processes(types.SimpleNamespace(**defaults | dict(micro_batch_size=2) | flags))
+    return common.start_processes(**defaults | dict(micro_batch_size=2) | flags)
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
