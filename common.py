@@ -7,19 +7,14 @@ Names carry their shape: B rows, P prompt tokens (left-padded), T response token
 D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the first EOS.
 """
 
-import os
-
-# Threads of torch spin while they wait for each other: by default for milliseconds, which other processes on the same
-# cores then lack. An update beside two of them took ten times as long. The threads' library reads this when torch is
-# first imported, so it stands above that; what a user has set goes first.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+import atexit
 import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import decimal
+import fcntl
 import functools
 import gc
 import gzip
@@ -31,6 +26,7 @@ import json
 import logging
 import math
 import numbers
+import os
 import random
 import re
 import resource
@@ -45,7 +41,23 @@ import zlib
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+
+# What must happen before torch is imported.
+#
+# Threads of torch spin while they wait for each other: by default for milliseconds, which other processes on the same
+# cores then lack. An update beside two of them took ten times as long. What a user has set goes first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The import takes seconds. Where a script of this folder is the program, ctrl-C ends it without a traceback, until its
+# run begins.
+PROGRAM = getattr(sys.modules["__main__"], "__file__", None)
+if PROGRAM and Path(PROGRAM).resolve().parent == HERE:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import huggingface_hub
 import numpy as np
+import pydantic
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,11 +71,12 @@ from tqdm import tqdm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no GPU
-import deepspeed  # noqa: E402
-import transformers  # noqa: E402
-from transformers.cache_utils import DynamicLayer  # noqa: E402
+with contextlib.redirect_stdout(io.StringIO()):  # deepspeed warns of ops that it cannot compile; we use none of them
+    import deepspeed
+deepspeed.utils.logger.handlers[0].setStream(sys.stderr)  # it has taken the stream of the block above
+import transformers
+from transformers.cache_utils import DynamicLayer
 
-HERE = Path(__file__).resolve().parent
 LANGUAGE_MODEL = """
 import transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(".")
@@ -1240,8 +1253,10 @@ def save_and_check(engine, tokenizer, folder, backend):
             aside = folder.with_name(folder.name + ".tmp")  # then renamed: the folder is whole or absent
             has_adapters = hasattr(model, "peft_config")
             weights = merged_weights(model) if has_adapters else model.state_dict()
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
+            num_bytes = sum(weight.nbytes for weight in weights.values())
+            with writing(folder.parent, num_bytes):
+                model.save_pretrained(aside, state_dict=weights)
+                tokenizer.save_pretrained(aside)
             for path in aside.glob("*.safetensors"):  # which only their owner may read, so far
                 shutil.copymode(aside / "config.json", path)
             check_saved(model, weights, aside)
@@ -1756,6 +1771,34 @@ def shuffled_batch(items, seed, update, batch_size) -> list:
 
 
 # ---------------------------------------------------------------- 7. The run
+# A run is a folder. All that a person or --resume needs is there, as text that can be read while the run goes on.
+# A process may die at any moment: files are replaced as a whole, or they grow by lines of which the last may be torn.
+
+# The flags whose files --resume reads again, and that a model card shows without their folders.
+INPUTS = ("model", "dataset", "eval_dataset", "reward_model", "reward_function", "gold_reward_function")
+# In a folder, such as a model's, these files matter. Others, such as a README, may come and go.
+INPUT_KINDS = ".json .jsonl .csv .parquet .arrow .safetensors .jinja .model .txt".split()
+# What the system, torch and safetensors say when a disk is full.
+DISK_IS_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter", "file write failed")
+# Evaluations of which the greatest value is the best; of eval_loss it is the smallest.
+GREATEST_IS_BEST = ("reward", "win_rate", "win_rate_reference", "accuracy", "margin")
+
+
+class Clock:
+    """Seconds of the parts of an update, under the names of their metrics."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part):
+        """Ends a part, which began with the clock or where the part before it ended."""
+        now = time.perf_counter()
+        self.seconds[f"seconds_{part}"] = now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -1771,34 +1814,107 @@ def read_rows(path) -> list[dict]:
 def write_whole(path, text):
     """Atomic: readers see the old text or the new one."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with writing(path.parent):
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
 
 
-def model_card(script, args: dict, metrics: dict, usage) -> str:
+@contextlib.contextmanager
+def writing(folder, num_bytes=0) -> Iterator[None]:
+    """Looks for the room first. A full disk ends the run with one line, then or inside."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        fail(f"{folder}: the disk has {free:,} bytes left, {num_bytes:,} are needed", status=1)
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in DISK_IS_FULL):
+            raise
+        free = shutil.disk_usage(folder).free
+        fail(f"{folder}: the disk is full, {free:,} bytes are left; could not write: {first_line(error)}", status=1)
+
+
+def input_digests(flags: dict) -> dict[str, dict[str, str]]:
+    """-> {flag: {file: hash of its content}}; a file of the flag's own is "", a hub name has none."""
+    found = {}
+    for flag in INPUTS:
+        value = flags.get(flag)
+        if not value:
+            continue
+        path = file_of(value)
+        if path.is_file():
+            found[flag] = {"": digest(path)}
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in INPUT_KINDS)
+            found[flag] = {str(file.relative_to(path)): digest(file) for file in files}
+    return found
+
+
+def digest(path) -> str:
+    """A hash of a file's content; of large weights, of the size and of sixteen pieces, so that it takes no time."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix != ".safetensors" or size < 2**28:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(str(size).encode())
+        for i in range(16):
+            file.seek(size * i // 16)
+            found.update(file.read(2**20))
+        return found.hexdigest()
+
+
+def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
+    """Refuses to resume with other content than the run began with; where it lies does not matter."""
+    now = input_digests(flags)
+    for flag in INPUTS:
+        old = before.get(flag, {})
+        new = now.get(flag, {})
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                file = os.path.join(flags[flag], name).rstrip("/")
+                change = "has changed" if name in new and name in old else "is new" if name in new else "is missing"
+                fail(f"--resume {folder}: {file} {change} since the run began (--{flag.replace('_', '-')})")
+
+
+def public_name(value) -> str:
+    """A path flag as others may read it: a hub name, a path inside this project, or a last name without its folders."""
+    path = file_of(value)
+    if not path.is_absolute():
+        return value
+    shown = path.relative_to(HERE) if path.is_relative_to(HERE) else path.name
+    return value.replace(str(path), str(shown))
+
+
+def model_card(script, flags: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    text = f"---\nlibrary_name: transformers\n---\n# {args['model']} after {script}\n"
-    blocks = {"In this folder": usage, "Flags": json.dumps(args, indent=2), "Metrics": json.dumps(metrics, indent=2)}
+    shown = {name: public_name(value) if name in INPUTS and value else value for name, value in flags.items()}
+    data = huggingface_hub.ModelCardData(
+        library_name="transformers",
+        base_model=shown["model"],
+        datasets=[shown["dataset"]],
+        tags=[Path(script).stem],
+    )
+    text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script}\n"
+    blocks = {"In this folder": usage, "Flags": json.dumps(shown, indent=2), "Metrics": json.dumps(metrics, indent=2)}
     for name, block in blocks.items():
         text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
     return text
 
 
-def curve(name) -> str:
-    """A metric's name in TensorBoard: its group, then itself."""
-    if name.startswith("eval_"):
-        return f"eval/{name}"
-    if name.startswith(("seconds", "tokens", "peak_memory", "episodes", "update")):
-        return f"time/{name}"
-    if "reward" in name:
-        return f"reward/{name}"
-    return f"training/{name}" if name in ("loss", "value_loss", "grad_norm", "learning_rate") else f"policy/{name}"
+def one_screen_line(text, limit, end=False) -> str:
+    """A text on one line, at most `limit` characters of its beginning or its end, with … where it is cut."""
+    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎")
+    if len(text) <= limit:
+        return text
+    return f"…{text[-limit:]}" if end else f"{text[:limit]}…"
 
 
 def troubles(rows: list[dict]) -> dict[str, str]:
     """What has gone wrong, from a run's rows of metrics -> {name: a sentence that names the flag to turn}."""
+    last = rows[-1]
 
     def last_are(metric, low, high):
+        """Whether the last three rows all have the metric between these; one bad update is no trouble."""
         values = [row[metric] for row in rows[-3:] if metric in row]
         return len(values) == 3 and all(low < value < high for value in values)
 
@@ -1807,89 +1923,167 @@ def troubles(rows: list[dict]) -> dict[str, str]:
         found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
     elif last_are("truncated_fraction", 0.5, 2):
         found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
-    if last_are("kl", 100, math.inf) or rows[-1].get("eval_log_ratio", 0) > 100:
+    if last_are("kl", 100, math.inf) or last.get("eval_log_ratio", 0) > 100:
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
     if last_are("reward_std", -1, 1e-6):
         found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
-    if {"eval_gold_reward", "eval_reward"} <= rows[-1].keys():
+    if "eval_gold_reward" in last and "eval_reward" in last:
         evaluations = [row for row in rows if "eval_gold_reward" in row]
         golds = [row["eval_gold_reward"] for row in evaluations]
         best = evaluations[golds.index(max(golds))]
         fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
-        if len(golds) > 2 and fell and rows[-1]["eval_reward"] > best["eval_reward"]:
+        if len(golds) > 2 and fell and last["eval_reward"] > best["eval_reward"]:
             change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
             found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"
     return found
 
 
 class Run:
-    """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console."""
+    """A run's folder (args.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoint/) and its console.
 
-    def __init__(self, args, script, num_updates, *engines):
-        name = [args.output_dir or f"runs/{Path(script).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
-        while not args.output_dir and Path(name[0]).exists():  # another run of this second
-            name[0] += "x"
-        dist.broadcast_object_list(name)  # the ranks' clocks may differ
-        self.folder = Path(name[0]).absolute()
-        self.engines, self.is_main, self.signals = engines, dist.get_rank() == 0, []
+    `flags`: all of them, for args.json and the model card. `engines`: what a checkpoint holds; the first is the model
+    that is saved at the end.
+    """
+
+    def __init__(self, *, script, flags: dict, output_dir, resume, seed, save_every, num_updates, engines: list):
         self.script = Path(script).name
-        self.args = dataclasses.asdict(args) | dict(resume=None, output_dir=None, ranks=dist.get_world_size())
+        self.flags = flags | dict(resume=None, output_dir=None)
+        self.engines = engines
+        self.is_main = dist.get_rank() == 0
+        self.folder = self.shared_folder(output_dir, seed)
         self.last_checkpoint = 0
-        if args.resume:
-            with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
-                self.last_checkpoint = int((self.folder / "checkpoint" / "latest").read_text())
-            folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
-            for i, engine in enumerate(engines):
-                with fails_with(f"--resume {self.folder}: {folder} could not be read"):
-                    if engine.load_checkpoint(str(folder), tag=f"engine-{i}")[0] is None:
-                        raise OSError("it is not there or not whole")
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            started = (self.folder / "args.json").exists()
-            if not started or any(row["update"] for row in read_rows(self.folder / "metrics.jsonl")):
-                fail(f"--output-dir {self.folder} already holds a run or other files: choose another, or --resume it")
+        self.lock = self.take_folder(is_new=not resume)
+        self.model_bytes, self.checkpoint_bytes = saved_sizes(engines)
+        if resume:
+            self.read_checkpoint()
+        self.check_room(save_every)
         dist.barrier()  # every rank has looked before rank 0 writes
+        if self.is_main:
+            with fails_with(f"--output-dir {self.folder}"):
+                self.write_beginning()
+        self.open_console(num_updates)
+        self.listen()
+
+    # The folder
+
+    def shared_folder(self, output_dir, seed) -> Path:
+        """The run's folder, the same on all ranks; one of its own where the user names none."""
+        name = output_dir or f"runs/{Path(self.script).stem}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        while not output_dir and Path(name).exists():  # another run of this second
+            name += "x"
+        names = [Path(name).absolute()]
+        dist.broadcast_object_list(names)  # the ranks' clocks may differ
+        return names[0]
+
+    def take_folder(self, is_new):
+        """Refuses a folder that holds something else, and locks it. The kernel frees the lock with the process."""
+        holds = f"--output-dir {self.folder} already holds"
         with fails_with(f"--output-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)  # by all ranks, so that all fail alike
-            if self.is_main:
-                flags = json.dumps(self.args, indent=2) + "\n"
-                write_whole(self.folder / "args.json", flags)
-                for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-                    kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
-                    write_whole(path, json_lines(kept))  # nothing after the checkpoint
-                for path in [] if self.last_checkpoint else self.folder.glob("events.*"):
-                    path.unlink()
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
-                self.writer.add_text("flags", f"```\n{flags}```")
+            names = {path.name for path in self.folder.iterdir()} - {"lock"}
+        if is_new and names and "args.json" not in names:
+            fail(f"{holds} other files: choose another folder")
+        lock = None
+        taken = [False]
+        if self.is_main:
+            with fails_with(f"--output-dir {self.folder}"):
+                lock = open(self.folder / "lock", "w")
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    taken = [True]
+                except OSError as error:  # some network file systems have no locks
+                    print(f"warning: {self.folder} cannot be locked ({error.strerror}): start no second run there")
+        dist.broadcast_object_list(taken)
+        if taken[0]:
+            fail(f"{self.folder}: another process is running in this folder: wait for its end, or choose another one")
+        has_learned = any(row["update"] for row in read_rows(self.folder / "metrics.jsonl"))
+        if is_new and has_learned:
+            fail(f"{holds} a run: choose another folder, or --resume it")
+        return lock
+
+    def check_room(self, save_every):
+        """Before anything expensive: the disk has room for the saved model and, with --save-every, two checkpoints."""
+        needed = self.model_bytes
+        if save_every:
+            needed += 2 * self.checkpoint_bytes  # the old one goes when the new one is whole
+        if self.last_checkpoint:
+            needed -= self.checkpoint_bytes  # one is there
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            fail(f"{self.folder}: the disk has {free:,} bytes left; the model and its checkpoints need {needed:,}")
+
+    def write_beginning(self):
+        """The files of a run that begins or goes on; what an earlier process wrote after the checkpoint is dropped."""
+        ranks = dist.get_world_size()
+        record = self.flags | dict(ranks=ranks, inputs=input_digests(self.flags))
+        write_whole(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
+            write_whole(path, json_lines(kept))
+        if self.last_checkpoint == 0:
+            for path in self.folder.glob("events.*"):
+                path.unlink()
+        self.remove_checkpoints_but(self.last_checkpoint)  # a torn one takes room
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
+        self.writer.add_text("flags", f"```\n{json.dumps(self.flags, indent=2)}\n```")
+
+    # Checkpoints
+
+    def read_checkpoint(self):
+        with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
+            self.last_checkpoint = int((self.folder / "checkpoint" / "latest").read_text())
+        folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
+        for i, engine in enumerate(self.engines):
+            with fails_with(f"--resume {self.folder}: {folder} could not be read"):
+                path, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}")
+                if path is None:
+                    raise OSError("it is not there or not whole")
+
+    def save_checkpoint(self, update):
+        """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
+        folder = self.folder / "checkpoint"
+        with writing(self.folder, self.checkpoint_bytes):
+            for i, engine in enumerate(self.engines):
+                engine.save_checkpoint(str(folder / f"update-{update}"), tag=f"engine-{i}", save_latest=False)
+        dist.barrier()
+        if self.is_main:
+            write_whole(folder / "latest", str(update))
+            self.remove_checkpoints_but(update)
+
+    def remove_checkpoints_but(self, update):
+        for folder in self.folder.glob("checkpoint/update-*"):
+            if folder.name != f"update-{update}":
+                shutil.rmtree(folder)
+
+    # The console
+
+    def open_console(self, num_updates):
         if self.last_checkpoint:
             print(f"Resumed after update {self.last_checkpoint} of {num_updates}")
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
-            if self.args.get(name):
-                print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.args[name])}")
+            if self.flags.get(name):
+                print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.flags[name])}")
         rows = read_rows(self.folder / "metrics.jsonl")
-        self.rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        self.rows = [finite_numbers(row) for row in rows]
         self.warned = set()
-        self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
-        self.skipped = sum(engine.skipped_steps for engine in engines)
+        self.skipped = sum(engine.skipped_steps for engine in self.engines)
         self.faults = []  # the updates in a row that have skipped a step
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.hear)
-
-    def hear(self, number, frame):
-        self.signals.append(number)
-        if self.is_main:
-            print("\nStopping after this update …", file=sys.stderr)
+        self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
 
     def log(self, update, metrics: dict[str, float]):
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
         metrics = dict(update=update, peak_memory_bytes=max(gather_rows([peak]))) | metrics
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        finite = finite_numbers(metrics)
         if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with writing(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json_lines([dict.fromkeys(metrics) | finite]))
             for name, value in metrics.items():
-                self.writer.add_scalar(curve(name), value, update)
+                group = "eval" if name.startswith("eval_") else "train"
+                self.writer.add_scalar(f"{group}/{name}", value, update)
             self.rows.append(finite)
             names = ("reward", "gold_reward", "kl", "entropy") if "reward" in metrics else ("accuracy", "loss")
             self.show({name: metrics[name] for name in names if name in metrics})
@@ -1898,8 +2092,15 @@ class Run:
                 if name not in self.warned:
                     tqdm.write(f"warning, update {update}: {sentence}")
                     self.warned.add(name)
+        self.count_faults(update, metrics, finite)
+
+    def count_faults(self, update, metrics, finite):
+        """Ten skipped updates in a row end the run: it has diverged, and would go on for hours to no end."""
         skipped = metrics.get("skipped_updates", 0)
-        self.faults = [*self.faults, update] if skipped > self.skipped else []
+        if skipped > self.skipped:
+            self.faults.append(update)
+        else:
+            self.faults = []
         self.skipped = skipped
         if len(self.faults) == 10:
             name = next((name for name in metrics if name not in finite), "a gradient")
@@ -1913,17 +2114,23 @@ class Run:
         """All rows of an evaluation to samples.jsonl, ten to TensorBoard, three to the console."""
         if not self.is_main:
             return
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        with writing(self.folder), open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json_lines([dict(update=update) | row for row in rows]))
         lines = []
         for row in rows[:10]:
             reward = f"[{row['reward']:6.2f}] " if "reward" in row else ""
-            lines.append(f"    {reward}{row['prompt'][-120:]} ▸{row['response'][:400]}")
+            prompt = one_screen_line(row["prompt"], 120, end=True)  # a response goes on from the prompt's end
+            lines.append(f"    {reward}{prompt} ▸{one_screen_line(row['response'], 400)}")
         self.writer.add_text("samples", "\n".join(lines), update)
         if not title:
-            rewards = [row["reward"] for row in rows if "reward" in row]
-            mean = f"mean reward {sum(rewards) / len(rewards):.2f} of " if rewards else ""
-            title = f"{mean}greedy responses to held-out prompts"
+            means = []
+            for name in ("reward", "gold_reward"):
+                values = [row[name] for row in rows if name in row]
+                if values:
+                    means.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.2f}")
+            title = "greedy responses to held-out prompts"
+            if means:
+                title = f"{', '.join(means)} of {title}"
         tqdm.write("\n".join([f"\nAfter {update} updates: {title}, such as", *lines[:3]]))
 
     def write_rows(self, name, rows: list[dict], size):
@@ -1932,21 +2139,27 @@ class Run:
         if self.is_main:
             write_whole(self.folder / name, json_lines([row for group in groups for row in group]))
 
-    def save_checkpoint(self, update):
-        """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
-        folder = self.folder / "checkpoint"
-        for i, engine in enumerate(self.engines):
-            engine.save_checkpoint(str(folder / f"update-{update}"), tag=f"engine-{i}", save_latest=False)
-        dist.barrier()
-        if self.is_main:
-            write_whole(folder / "latest", str(update))
-            for old in folder.glob("update-*"):
-                if old.name != f"update-{update}":
-                    shutil.rmtree(old)
+    # The end
+
+    def listen(self):
+        self.signals = []  # (number, time)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
+
+    def hear(self, number, frame):
+        """The first signal ends the run after its update. A second one ends it at once."""
+        now = time.monotonic()
+        if self.signals and now > self.signals[0][1] + 1:  # within a second it is the launcher's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if self.is_main and not self.signals:
+            print("\nStopping after this update … (a second ctrl-C stops at once)", file=sys.stderr)
+        self.signals.append((number, now))
 
     def stop_if_asked(self, update):
         """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
-        number = max(gather_rows([*self.signals[:1], 0][:1]))
+        heard = [number for number, _ in self.signals]
+        number = max(gather_rows([max(heard, default=0)]))
         if number and update < self.bar.total:  # the last one is followed by the end
             self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
@@ -1959,17 +2172,34 @@ class Run:
         self.close()
         if not self.is_main:
             return
-        first, last = self.rows[0], self.rows[-1]
-        write_whole(self.folder / model / "README.md", model_card(self.script, self.args, last, usage))
-        for name in first:
-            if name.startswith("eval_") and name in last and not name.endswith(("_length", "_interval")):
-                interval = f" ± {last[f'{name}_interval']:.2f}" if f"{name}_interval" in last else ""
-                print(f"{name:24} {first[name]:6.2f} → {last[name]:6.2f}{interval}")
+        write_whole(self.folder / model / "README.md", model_card(self.script, self.flags, self.rows[-1], usage))
+        for line in self.evaluation_lines():
+            print(line)
         for sentence in troubles(self.rows).values():
             print(f"Warning: {sentence}")
         print(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
         print(f"Samples: {self.folder / 'samples.jsonl'}")
         print(f"Curves:  tensorboard --logdir {self.folder.parent}")
+
+    def evaluation_lines(self) -> Iterator[str]:
+        """The first, last and best value of each held-out metric: a curve may rise and fall between the two."""
+        first = self.rows[0]
+        last = self.rows[-1]
+        for name in first:
+            if not name.startswith("eval_") or name not in last or name.endswith(("_length", "_interval")):
+                continue
+            line = f"{name:24} {first[name]:6.2f} → {last[name]:6.2f}"
+            if f"{name}_interval" in last:
+                line += f" ± {last[f'{name}_interval']:.2f}"
+            values = {row["update"]: row[name] for row in self.rows if name in row}
+            best = None
+            if name == "eval_loss":
+                best = min(values, key=values.get)
+            elif name.removeprefix("eval_").removeprefix("gold_") in GREATEST_IS_BEST:
+                best = max(values, key=values.get)
+            if best is not None:
+                line += f" (best {values[best]:.2f}, update {best})"
+            yield line
 
     def close(self):
         self.bar.close()
@@ -1979,18 +2209,39 @@ class Run:
         dist.destroy_process_group()
 
 
+def finite_numbers(row: dict) -> dict[str, float]:
+    return {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
+
+
+def saved_sizes(engines) -> tuple[int, int]:
+    """-> (bytes of the first engine's model, bytes of a checkpoint of all engines, over all ranks)."""
+    models = []
+    checkpoint = 0
+    for engine in engines:
+        weights = 0
+        for p in engine.module.parameters():
+            size = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a rank holds a part
+            weights += size * p.element_size()
+            if p.requires_grad:
+                checkpoint += 8 * size  # Adam's moments
+                checkpoint += 4 * size if p.element_size() < 4 else 0  # float32 master weights
+        models.append(weights)
+    return models[0], sum(models) + checkpoint
+
+
 # ---------------------------------------------------------------- 8. Flags, errors and processes
+# Whatever a user may get wrong ends with one line that says what to do, before anything expensive has begun.
 
 
 def fail(message, status=2) -> typing.NoReturn:
-    """End with one line on standard error. Status 2 is bad input, which all ranks of a node see; one reports it."""
+    """Ends with one line on standard error. Status 2 is bad input, which all ranks of a node see; one prints it."""
     if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
     raise Failure(status)
 
 
 class Failure(SystemExit):
-    """The end of a run that `fail` has told of."""
+    """Raised by `fail` after it has printed its message."""
 
 
 @contextlib.contextmanager
@@ -2001,46 +2252,61 @@ def fails_with(message, status=2) -> Iterator[None]:
     except Failure:
         raise
     except (Exception, SystemExit) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, json.JSONDecodeError):
-            line = f"line {error.lineno}, " if error.lineno > 1 else ""  # the lines of a .jsonl file are read alone
-            text = f"no valid JSON: {error.msg} ({line}column {error.colno})"
-        if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
-            text = f"{type(error).__name__}: {text}"
-        fail(f"{message}: {(text.strip() or type(error).__name__).splitlines()[0]}", status)
+        file = str(getattr(error, "filename", None) or "")
+        if isinstance(error, OSError) and file.startswith(os.path.expanduser(huggingface_hub.constants.HF_HOME)):
+            fail(f"{file}: {error.strerror}: the libraries' cache; set HF_HOME to a folder that you can write to")
+        fail(f"{message}: {first_line(error)}", status)
 
 
-PositiveInt = typing.Annotated[int, lambda n: n > 0, "a whole number above 0"]
-NonNegativeInt = typing.Annotated[int, lambda n: n >= 0, "a whole number, 0 or above"]
-PositiveFloat = typing.Annotated[float, lambda x: 0 < x < math.inf, "a number above 0"]
-NonNegativeFloat = typing.Annotated[float, lambda x: 0 <= x < math.inf, "a number, 0 or above"]
-Fraction = typing.Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
-PathOrName = typing.Annotated[str, lambda path: path != "", "a path"]
+def first_line(error) -> str:
+    """What an error says, without the lines that only its author can use."""
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""  # the lines of a .jsonl file are read alone
+        return f"no valid JSON: {error.msg} ({line}column {error.colno})"
+    text = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, (OSError, ValueError)):  # these two speak for themselves
+        text = f"{type(error).__name__}: {text}"
+    return (text.strip() or type(error).__name__).splitlines()[0]
 
 
-def check_flags(args):
-    """Refuses values that their types do not accept, and makes paths absolute: --resume works from any folder."""
+# Types of flags: tyro parses them, pydantic knows their bounds.
+PositiveInt = pydantic.PositiveInt
+NonNegativeInt = pydantic.NonNegativeInt
+PositiveFloat = typing.Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = typing.Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
+PathOrName = typing.Annotated[str, pydantic.Field(min_length=1)]
+
+
+def check_bounds(args):
+    """Refuses values that their types do not accept."""
     for field in dataclasses.fields(args):
-        flag = f"--{field.name.replace('_', '-')}"
         value = getattr(args, field.name)
-        kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if hasattr(kind, "__metadata__")]
-        if value is None or not kinds:
+        try:
+            pydantic.TypeAdapter(field.type).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            fail(f"--{field.name.replace('_', '-')} {value!r}: {reason}")
+
+
+def make_paths_absolute(args):
+    """So that --resume works from any folder; what does not exist here is a hub name."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value is None or field.type not in (PathOrName, PathOrName | None):
             continue
-        accepts, expected = kinds[0].__metadata__
-        if not accepts(value):
-            fail(f"{flag} {value!r} is not {expected}")
-        if kinds[0] == PathOrName:
-            folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
-            if (folder / value.partition(":")[0]).exists():  # else it is a hub name
-                setattr(args, field.name, os.path.abspath(folder / value))
-            elif value.startswith("examples/") and not args.resume:
-                fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
-    if args.attention == "flash_attention_2" and args.dtype == "float32":
-        fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
-    if args.lora_rank and (args.zero_stage == 3 or args.offload):
-        fail("--lora-rank shares weights between models, which --zero-stage 3 and --offload cannot do: leave them out")
-    if args.offload and args.zero_stage == 0:
-        fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+        folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
+        if file_of(folder / value).exists():
+            setattr(args, field.name, os.path.abspath(folder / value))
+        elif value.startswith("examples/"):
+            flag = f"--{field.name.replace('_', '-')}"
+            fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
+
+
+def file_of(value) -> Path:
+    """The path in a path flag, which may be a function of a file: path/to/file.py:name."""
+    file, _, _ = str(value).rpartition(":")
+    return Path(file if file.endswith(".py") else value)
 
 
 def forget_example(args):
@@ -2048,73 +2314,131 @@ def forget_example(args):
     given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
     values = vars(args)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    has_own = {name for name in INPUTS if values.get(name) != defaults.get(name)}
     forgotten = []
-    if any(values.get(name) != defaults.get(name) for name in ("model", "dataset")):
+    if has_own & {"model", "dataset"}:
         forgotten = ["dataset", "eval_dataset", "reward_model"]
-    elif values.get("reward_function"):
+    elif "reward_function" in has_own:
         forgotten = ["reward_model"]
     for name in forgotten:
         if name in values and f"__{name}" not in given:
             setattr(args, name, None)
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
+    own = [name for name in ("dataset", "reward_model", "reward_function") if name in has_own and values[name]]
+    own = [name for name in own if not Path(values[name]).absolute().is_relative_to(HERE / "examples")]
+    if own and "model" not in has_own and args.model.startswith("examples/"):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in own)
+        print(f"note: {flags} your own, but the model is the example's, which only knows short film reviews (--model)")
 
 
 def parse_args(Args):
     """The command line as an `Args`. `--resume D` takes D/args.json for defaults and refuses a flag that differs."""
-    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # added by `deepspeed`
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main:
-        sys.stdout = open(os.devnull, "w")  # errors of any rank still go to standard error
-
-    def parse(**kwargs):
-        with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):  # all ranks see the same flags
-            args = tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
-        if not args.resume:
-            forget_example(args)
-        check_flags(args)
-        return args
-
-    args = parse()
+    refuse_tasks_without_ranks()
+    args = parse_flags(Args)
     if not args.resume:
+        forget_example(args)
+        make_paths_absolute(args)
         return args
-    with fails_with(f"--resume {args.resume}: no readable args.json there"):
-        saved = dict(json.loads(Path(args.resume, "args.json").read_text(encoding="utf-8")))
+    folder = os.path.abspath(args.resume)
+    with fails_with(f"--resume {folder}: no readable args.json there"):
+        saved = dict(json.loads(Path(folder, "args.json").read_text(encoding="utf-8")))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if saved.pop("ranks", ranks) != ranks:
-        fail(f"--resume {args.resume}: that run had another number of ranks than {ranks}")
-    if saved.keys() != {field.name for field in dataclasses.fields(Args)}:
-        fail(f"--resume {args.resume}: its args.json is of another script or version")
-    resumed = Args(**saved | dict(resume=args.resume, output_dir=args.resume))
-    args = parse(default=resumed)
-    for flag, old in dataclasses.asdict(resumed).items():
-        if (new := getattr(args, flag)) != old:
-            longer = "; to train longer, start a run from its policy" if flag == "total_episodes" else ""
-            fail(f"--{flag.replace('_', '-')} {new} differs from the run in {args.resume}, which had {old}{longer}")
+        fail(f"--resume {folder}: that run had another number of ranks than {ranks}")
+    inputs = saved.pop("inputs", None)
+    if inputs is None or saved.keys() != {field.name for field in dataclasses.fields(Args)}:
+        fail(f"--resume {folder}: its args.json is of another script or version")
+    begun = Args(**saved | dict(resume=folder, output_dir=folder))
+    args = parse_flags(Args, default=begun)
+    make_paths_absolute(args)
+    for name, old in vars(begun).items():
+        new = getattr(args, name)
+        if new != old and name not in inputs:  # files may have moved: their content decides
+            longer = "; to train longer, start a run from its policy" if name == "total_episodes" else ""
+            fail(f"--{name.replace('_', '-')} {new} differs from the run in {folder}, which had {old}{longer}")
+    check_inputs(folder, vars(args), inputs)
     return args
 
 
-def start_processes(args) -> Backend:
-    """Join the process group, also as the only process."""
+def parse_flags(Args, **kwargs):
+    """The command line. All ranks see the same flags, so rank 0 alone prints what is wrong with them."""
+    # The launcher `deepspeed` adds --local_rank to our flags; the environment says the same.
+    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        sys.stdout = open(os.devnull, "w")  # errors of any rank still go to standard error
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 shows ? for signs that it does not have
+    with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):
+        args = tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
+        check_bounds(args)
+    return args
+
+
+def refuse_tasks_without_ranks():
+    """Several tasks of a scheduler that nobody has given ranks would each do the whole run, as if they were alone."""
+    if "RANK" in os.environ:  # by torchrun or deepspeed, also where srun has started these
+        return
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if int(os.environ.get(name) or 1) > 1:
+            program = Path(sys.argv[0]).name
+            fail(
+                f"{name}={os.environ[name]}, but no launcher has given ranks: start one task a node, and in it "
+                f"`torchrun --nproc_per_node GPUS {program} …` (for one process unset {name})"
+            )
+
+
+def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpointing, lora_rank=0) -> Backend:
+    """Joins the process group, also as the only process."""
+    if attention == "flash_attention_2" and dtype == "float32":
+        fail("--attention flash_attention_2 computes in 16 bits only: add --dtype bfloat16")
+    if offload and zero_stage == 0:
+        fail("--offload keeps the optimizer state in CPU memory, which needs --zero-stage 1, 2 or 3")
+    if lora_rank and (zero_stage == 3 or offload):
+        fail("--lora-rank shares weights between models, which --zero-stage 3 and --offload cannot do: leave them out")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it only speeds up CPUs, and compiles for a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)  # any free port
-    for name, value in (alone | dict(TOKENIZERS_PARALLELISM="false")).items():
-        os.environ.setdefault(name, str(value))  # set by torchrun and deepspeed
-    deepspeed.init_distributed(verbose=False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Set by torchrun and deepspeed; without a launcher this process is alone, and takes any free port.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    # Ranks wait for hours, because one may check, score or read a disk for long while the others have nothing to do.
+    # A rank that dies is noticed in another way: gloo sees its connection closed, torchrun and deepspeed end the other
+    # ranks. Where neither watches, NCCL's own limits are TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC and NCCL_TIMEOUT.
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=6))
+    atexit.register(leave_processes)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Backend)[3:]}  # flags, too
-    return Backend(dist.get_rank(), dist.get_world_size(), device, **settings)
+    return Backend(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        zero_stage=zero_stage,
+        offload=offload,
+        gradient_checkpointing=gradient_checkpointing,
+        lora_rank=lora_rank,
+    )
+
+
+def leave_processes():
+    """At the end of a process, however it comes: NCCL warns of a group that nobody has destroyed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def set_seed(*numbers):
-    """Seed torch, numpy and random from several numbers. Each update seeds its own, so no random state is saved."""
+    """Seeds torch, numpy and random from several numbers. Each update seeds its own: no random state is saved."""
     mixed = sum(number * 1_000_003**i for i, number in enumerate(numbers))
     generator = torch.Generator().manual_seed(mixed % 2**63)
     transformers.set_seed(int(torch.randint(2**32, (), generator=generator)))
@@ -2130,14 +2454,14 @@ def plan_updates(total_episodes, batch_size, parts) -> tuple[int, int]:
 
 
 def deal_out(items) -> list:
-    """This rank's share. A few items come twice where they do not divide evenly: ranks must take equal steps."""
+    """This rank's share. Ranks must take equal steps: if the items do not divide evenly, the first are dealt twice."""
     world_size = dist.get_world_size()
     share = math.ceil(len(items) / world_size)
     return [items[i % len(items)] for i in range(dist.get_rank(), share * world_size, world_size)]
 
 
 def gather_rows(rows) -> list:
-    """All ranks' lists on every rank; dealt-out items come back in their order, the few that came twice last."""
+    """All ranks' lists on every rank; dealt-out items return in their order, and those dealt twice stand last again."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for turn in zip(*parts) for row in turn]

@@ -19,20 +19,15 @@ Eight GPUs:  deepspeed dpo.py --model M --dataset D --learning-rate 1e-6 --max-p
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
-import time
 from dataclasses import dataclass
 from typing import Literal
 
+import common  # before torch: some settings must come before it is imported
+from common import Fraction, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
 import torch
 import torch.nn.functional as F
-
-import common
-from common import Fraction, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
 
 # ---------------------------------------------------------------- Flags
 
@@ -195,7 +190,14 @@ def evaluate(policy, pairs, pairs_at_once, beta) -> list[dict]:
 
 def main() -> None:
     args = common.parse_args(Args)
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -237,13 +239,22 @@ def main() -> None:
         metrics["eval_rejected_logprob"] = sum(row["logprob"] for row in rows[1::2]) / len(eval_pairs)
         return metrics
 
-    run = common.Run(args, __file__, num_updates, policy.engine)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[policy.engine],
+    )
     if run.last_checkpoint == 0 and args.eval_every:
         run.log(0, dict(episodes=0) | evaluated(update=0))
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3, 4. Nothing to roll out and nothing to score: the data set has the responses and which was preferred.
         batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
@@ -261,7 +272,7 @@ def main() -> None:
             rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         margins_B = args.beta * (torch.cat(chosen) - torch.cat(rejected))
@@ -272,7 +283,7 @@ def main() -> None:
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(seconds_train=train_time - start_time)
+        metrics |= clock.seconds
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             metrics |= evaluated(update)
         run.log(update, metrics)

@@ -25,19 +25,14 @@ Eight GPUs:  deepspeed ppo.py --model M --reward-model R --dataset D --eval-data
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
-import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-import common
+import common  # before torch: some settings must come before it is imported
 from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
+import torch
 
 # ---------------------------------------------------------------- Flags
 
@@ -203,7 +198,14 @@ def whiten(advantages_BT, mask_BT):
 
 def main() -> None:
     args = common.parse_args(Args)
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
     shares = backend.world_size * args.num_minibatches
     minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     B = minibatch_size * args.num_minibatches  # rows on this rank
@@ -240,7 +242,16 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy.engine, value)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[policy.engine, value],
+    )
     if eval_prompts:
         initial_rows = evaluate(reference)  # the win rate compares with these
         if run.last_checkpoint == 0:
@@ -249,17 +260,17 @@ def main() -> None:
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         sampled = common.rollout(policy, batch, num_samples=1, greedy=False)
         mask_BT = sampled.mask_BT
-        rollout_time = time.perf_counter()
+        clock.lap("rollout")
 
         # 4. Score
         rewards_B = rewards["reward"](sampled)
-        score_time = time.perf_counter()
+        clock.lap("score")
 
         # 5. Update: several steps, all measured against the policy and the values at rollout time
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
@@ -294,7 +305,7 @@ def main() -> None:
             grad_norms.append(grad_norm)
         grad_norm = sum(grad_norms) / len(grad_norms)
         skipped_updates = policy_skipped + value_skipped
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         log_ratios_N = torch.cat(log_ratios)
@@ -314,12 +325,8 @@ def main() -> None:
             means["gold_reward"] = rewards["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(
-            seconds_rollout=rollout_time - start_time,
-            seconds_score=score_time - rollout_time,
-            seconds_train=train_time - score_time,
-            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
-        )
+        metrics |= clock.seconds
+        metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)

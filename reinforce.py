@@ -25,19 +25,14 @@ Eight GPUs:  deepspeed reinforce.py --model M --reward-model R --dataset D --eva
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
-import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-import common
+import common  # before torch: some settings must come before it is imported
 from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
+import torch
 
 # ---------------------------------------------------------------- Flags
 
@@ -177,7 +172,14 @@ def main() -> None:
     args = common.parse_args(Args)
     if args.baseline == "leave-one-out" and args.num_samples == 1:
         common.fail("--baseline leave-one-out needs --num-samples 2 or more: it compares a prompt's responses")
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
     prompts_per_rank, num_updates = common.plan_updates(args.total_episodes, args.batch_size, backend.world_size)
     B = prompts_per_rank * args.num_samples  # sampled rows on this rank
 
@@ -211,7 +213,16 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy.engine)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[policy.engine],
+    )
     if eval_prompts:
         initial_rows = evaluate(reference)  # the win rate compares with these
         if run.last_checkpoint == 0:
@@ -220,20 +231,20 @@ def main() -> None:
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         sampled = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         mask_BT = sampled.mask_BT
-        rollout_time = time.perf_counter()
+        clock.lap("rollout")
 
         # 4. Score
         rewards_B = rewards["reward"](sampled)
         baselines_B = torch.zeros_like(rewards_B)
         if args.baseline == "leave-one-out":
             baselines_B = leave_one_out(rewards_B, args.num_samples)
-        score_time = time.perf_counter()
+        clock.lap("score")
 
         # 5. Update: one step. The policy is still the one that sampled: one forward serves the loss and the penalty.
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
@@ -250,7 +261,7 @@ def main() -> None:
             losses.append(loss.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         means = dict(
@@ -269,12 +280,8 @@ def main() -> None:
             del means["baseline_reward"]
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(
-            seconds_rollout=rollout_time - start_time,
-            seconds_score=score_time - rollout_time,
-            seconds_train=train_time - score_time,
-            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
-        )
+        metrics |= clock.seconds
+        metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)

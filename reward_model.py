@@ -20,21 +20,16 @@ Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
+import common  # before torch: some settings must come before it is imported
+from common import Fraction, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
 import torch
 import torch.nn.functional as F
-
-import common
-from common import Fraction, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
 
 # ---------------------------------------------------------------- Flags
 
@@ -198,7 +193,14 @@ def evaluate(model, pairs, pairs_at_once) -> list[dict]:
 
 def main() -> None:
     args = common.parse_args(Args)
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -226,13 +228,22 @@ def main() -> None:
         run.log_samples(update, rows, "held-out responses, a chosen and a rejected one in turn")
         return common.pair_metrics(rows)
 
-    run = common.Run(args, __file__, num_updates, model)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[model],
+    )
     if run.last_checkpoint == 0 and args.eval_every:
         run.log(0, dict(episodes=0) | evaluated(update=0))
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3, 4. Nothing to roll out and nothing to score: the data set has the responses and which was preferred.
         batch = common.shuffled_batch(pairs, args.seed, update, args.batch_size)
@@ -250,7 +261,7 @@ def main() -> None:
             rejected.append(rejected_M.detach())
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(model, learning_rate)
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         margins_B = torch.cat(chosen) - torch.cat(rejected)
@@ -261,7 +272,7 @@ def main() -> None:
         )
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(seconds_train=train_time - start_time)
+        metrics |= clock.seconds
         if args.eval_every and (update % args.eval_every == 0 or update == num_updates):
             metrics |= evaluated(update)
         run.log(update, metrics)

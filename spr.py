@@ -25,19 +25,14 @@ Eight GPUs:  deepspeed spr.py --model M --reward-model R --dataset D --eval-data
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
-import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-import common
+import common  # before torch: some settings must come before it is imported
 from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
+import torch
 
 # ---------------------------------------------------------------- Flags
 
@@ -194,7 +189,14 @@ def read_demonstrations(path, prompts, column, tokenizer, eos_ids, max_length):
 
 def main() -> None:
     args = common.parse_args(Args)
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
     shares = backend.world_size * args.num_minibatches
     minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     X = minibatch_size * args.num_minibatches  # prompts on this rank
@@ -245,7 +247,16 @@ def main() -> None:
         reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy.engine)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[policy.engine],
+    )
     if eval_prompts:
         initial_rows = evaluate(common.load_reference(policy, whole))
         if run.last_checkpoint == 0:
@@ -254,13 +265,13 @@ def main() -> None:
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         responses = common.rollout(policy, batch, args.num_samples, greedy=False, demonstrations=has_demonstrations)
         mask_BT = responses.mask_BT
-        rollout_time = time.perf_counter()
+        clock.lap("rollout")
 
         # 4. Score
         scores = {name: reward(responses) for name, reward in rewards.items()}
@@ -268,7 +279,7 @@ def main() -> None:
         weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_XN.flatten()
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weight=weights_B), N)
-        score_time = time.perf_counter()
+        clock.lap("score")
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule
         common.reset_optimizer(policy.engine)
@@ -292,7 +303,7 @@ def main() -> None:
             grad_norms.append(grad_norm)
             run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         means = scores | dict(
@@ -306,12 +317,8 @@ def main() -> None:
             means["reward_std"] = rewards_XN.new_tensor(common.gather_rows(rewards_XN.tolist())).std(correction=0)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(
-            seconds_rollout=rollout_time - start_time,
-            seconds_score=score_time - rollout_time,
-            seconds_train=train_time - score_time,
-            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
-        )
+        metrics |= clock.seconds
+        metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)

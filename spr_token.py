@@ -34,21 +34,16 @@ Eight GPUs:  deepspeed spr_token.py --model M --reward-model R --dataset D --eva
 Names carry shapes: B rows, M rows of a micro-batch, T response tokens. Masks include the first EOS.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins, ctrl-C ends the script without a traceback
-
 import copy
-import time
 from dataclasses import dataclass
 from typing import Literal
 
+import common  # before torch: some settings must come before it is imported
+from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
+
+# isort: split
 import torch
 import torch.nn.functional as F
-
-import common
-from common import Fraction, NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt
 
 # ---------------------------------------------------------------- Flags
 
@@ -241,7 +236,14 @@ def explained_shares(values_BT, rewards_B, mask_BT):
 
 def main() -> None:
     args = common.parse_args(Args)
-    backend = common.start_processes(args)  # this rank among the others, and how models compute on it
+    backend = common.start_processes(  # this rank among the others, and how models compute on it
+        dtype=args.dtype,
+        attention=args.attention,
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank,
+    )
     shares = backend.world_size * args.num_minibatches
     minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
     X = minibatch_size * args.num_minibatches  # prompts on this rank
@@ -286,7 +288,16 @@ def main() -> None:
         reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
 
-    run = common.Run(args, __file__, num_updates, policy.engine, value)
+    run = common.Run(
+        script=__file__,
+        flags=vars(args),
+        output_dir=args.output_dir,
+        resume=args.resume,
+        seed=args.seed,
+        save_every=args.save_every,
+        num_updates=num_updates,
+        engines=[policy.engine, value],
+    )
     if eval_prompts:
         initial_rows = evaluate(common.load_reference(policy, whole))
         if run.last_checkpoint == 0:
@@ -295,18 +306,18 @@ def main() -> None:
 
     for update in range(run.last_checkpoint + 1, num_updates + 1):
         common.set_seed(args.seed, update, backend.rank)
-        start_time = time.perf_counter()
+        clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
         responses = common.rollout(policy, batch, args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
-        rollout_time = time.perf_counter()
+        clock.lap("rollout")
 
         # 4. Score
         scores = {name: reward(responses) for name, reward in rewards.items()}
         rewards_XN = scores["reward"].view(X, N)
-        score_time = time.perf_counter()
+        clock.lap("score")
 
         # 5. Update: fits of their own, with new moments of Adam and their own schedules: Q and W, then the policy
         common.reset_optimizer(value)
@@ -354,7 +365,7 @@ def main() -> None:
             run.show(dict(step=step, loss=sum(losses) / step))
         grad_norm = sum(grad_norms) / len(grad_norms)
         skipped_updates = policy_skipped + value_skipped
-        train_time = time.perf_counter()
+        clock.lap("train")
 
         # 6. Log, evaluate, checkpoint
         shares_B = weights_BT.sum(1) ** 2 / weights_BT.square().sum(1) / mask_BT.sum(1)  # of tokens that count
@@ -371,12 +382,8 @@ def main() -> None:
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics["weight_max"] = max(common.gather_rows([weights_BT.max().item()]))
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
-        metrics |= dict(
-            seconds_rollout=rollout_time - start_time,
-            seconds_score=score_time - rollout_time,
-            seconds_train=train_time - score_time,
-            tokens_per_second=metrics["response_length"] * B * backend.world_size / (train_time - start_time),
-        )
+        metrics |= clock.seconds
+        metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
             rows = evaluate(policy)
             metrics |= common.evaluation_metrics(rows, initial_rows)

@@ -12,7 +12,6 @@ benchmark/results/gradient_variance.jsonl.
 
 import subprocess
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    backend = common.start_processes(types.SimpleNamespace(**flags))
+    backend = common.start_processes(**flags)
     head = commit()
     for task in args.tasks:
         where = tasks.TASKS[task]

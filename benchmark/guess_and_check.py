@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from rows import RESULTS, Run, markdown_table, read_rows, run_missing, run_script, with_spread  # noqa: E402
 
 import common  # noqa: E402
-import remax  # noqa: E402
 
 EXAMPLE = "examples/guess_and_check"
 POLICY = f"--model {EXAMPLE}/policy"
@@ -70,13 +69,12 @@ def measure(run: Run, folder: Path) -> dict:
 def success(path: Path) -> dict:
     """Success, length and KL of 8 sampled responses and the greedy one to each held-out question."""
     os.chdir(ROOT)
-    flags = remax.Args(model=f"{EXAMPLE}/policy", response_length=60)
-    backend = common.start_processes(flags)
-    tokenizer = common.load_tokenizer(flags.model)
+    initial = f"{EXAMPLE}/policy"
+    flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
+    backend = common.start_processes(**flags)
+    tokenizer = common.load_tokenizer(initial)
     sampling = common.Sampling(64, 60, 1.0, 900)
-    policy, reference = (
-        common.load_policy(str(folder), tokenizer, sampling, backend) for folder in (path, flags.model)
-    )
+    policy, reference = (common.load_policy(str(folder), tokenizer, sampling, backend) for folder in (path, initial))
     prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
     reward = common.Reward(function=f"{EXAMPLE}/rule.py:reward")
     common.set_seed(0)

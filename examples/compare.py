@@ -64,13 +64,6 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation."""
 
-    # The scripts have flags for these; common.py reads them.
-    rollout_batch_size = 32
-    attention = "sdpa"
-    zero_stage = 0
-    offload = gradient_checkpointing = False
-    resume = None
-
 
 def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
     """Lines of standard input -> a prompt for each policy; a line without tokens is left out."""
@@ -95,10 +88,18 @@ def show(head, text):
 
 
 def main() -> None:
-    args = common.parse_args(Args)
+    args = common.parse_flags(Args)
+    common.forget_example(args)
+    common.make_paths_absolute(args)
     if not 1 <= len(args.policies) <= 26:
         common.fail("give 1 to 26 policies, as in: compare.py examples/reviews/policy runs/NAME")
-    backend = common.start_processes(args)
+    backend = common.start_processes(
+        dtype=args.dtype,
+        attention="sdpa",
+        zero_stage=0,
+        offload=False,
+        gradient_checkpointing=False,
+    )
     paths, tokenizers, data = [], [], []
     for letter, path in zip(string.ascii_uppercase, args.policies):
         print(f"{letter}: {path}")
@@ -114,10 +115,10 @@ def main() -> None:
         function=args.reward_function,
         backend=backend,
         prompt=first_prompt,
-        micro_batch_size=args.rollout_batch_size,
+        micro_batch_size=32,
     )
     print(f"Rewards: {reward.name}; a response that ends in […] was cut off", flush=True)
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
+    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, 32)
     policies = {}
     for letter, path, tokenizer in zip(string.ascii_uppercase, paths, tokenizers):
         policies[letter] = common.load_policy(path, tokenizer, sampling, backend)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from unittest.mock import patch
 
@@ -346,7 +345,7 @@ def start_backend(**flags):
     import common
 
     defaults = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
-    return common.start_processes(types.SimpleNamespace(**defaults | dict(lora_rank=0) | flags))
+    return common.start_processes(**defaults | flags)
 
 
 def policy_of(model, tokenizer, sampling):

@@ -73,11 +73,11 @@ def test_every_flag_out_of_range(script, capsys, monkeypatch):
 
 WRONG_FLAGS = {  # script: flags | what is said
     "remax": """
-        --batch-size 0 | is not a whole number above 0
-        --learning-rate nan | is not a number above 0
-        --gamma 1.5 | is not a number from 0 to 1
-        --kl-coef -1 | is not a number, 0 or above
-        --num-samples 0 | is not a whole number above 0
+        --batch-size 0 | Input should be greater than 0
+        --learning-rate nan | Input should be a finite number
+        --gamma 1.5 | Input should be less than or equal to 1
+        --kl-coef -1 | Input should be greater than or equal to 0
+        --num-samples 0 | Input should be greater than 0
         --zero-stage 4 | zero-stage
         --no-such-flag 1 | no-such-flag
         --total-episodes 4 --batch-size 8 | --total-episodes 4 is less than one update
@@ -103,15 +103,15 @@ WRONG_FLAGS = {  # script: flags | what is said
         --offload | needs --zero-stage 1, 2 or 3
         --batch-size 2000 | --total-episodes 1024 is less than
         --num-minibatches 5 | (times --num-minibatches)
-        --beta 0 | is not a number above 0
+        --beta 0 | Input should be greater than 0
         --weighting best | weighting
         --response-length 65 | is more than the 128 positions of
         --reward-model nowhere | no folder nowhere here
         --reward-function nowhere.py:reward | no such reward function""",
     "spr_token": """
-        --num-samples 0 | is not a whole number above 0
+        --num-samples 0 | Input should be greater than 0
         --num-minibatches 5 | (times --num-minibatches)
-        --td-lambda 2 | is not a number from 0 to 1
+        --td-lambda 2 | Input should be less than or equal to 1
         --weighting uniform | weighting
         --response-length 65 | is more than the 128 positions of""",
     "reward_model": """
@@ -122,7 +122,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --chosen-column best | no column 'best'; there are:
         --response-length 3 | no pair is left
         --response-length 65 | is more than the 128 positions of
-        --beta 0 | is not a number above 0
+        --beta 0 | Input should be greater than 0
         --gold-reward-function nowhere.py:reward | no such reward function""",
 }
 CASES = [(script, *line.split(" | ")) for script, lines in WRONG_FLAGS.items() for line in lines.strip().splitlines()]
@@ -143,7 +143,7 @@ def test_wrong_flags_are_told_by_one_rank_only(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # another rank than 0 replaces it
-        for flags, message in (("--batch-size 0", "is not a whole number above 0"), ("--no-such-flag 1", "no-such")):
+        for flags, message in (("--batch-size 0", "Input should be greater than 0"), ("--no-such-flag 1", "no-such")):
             assert run_here("remax", *flags.split()) == 2
             assert (message in capsys.readouterr().err) == lines
 

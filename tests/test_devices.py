@@ -141,7 +141,7 @@ def fake_device():
 
     with contextlib.ExitStack() as stack:
         for target, name, new in (
-            (common, "start_processes", lambda args: dataclasses.replace(start_processes(args), device=DEVICE)),
+            (common, "start_processes", lambda **how: dataclasses.replace(start_processes(**how), device=DEVICE)),
             (common.dist, "all_reduce", checked_all_reduce),
             (common.deepspeed, "initialize", lambda model, optimizer, config: (Engine(model, optimizer),)),
             (common.deepspeed, "DeepSpeedEngine", Engine),

@@ -300,7 +300,7 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
 
     events = EventAccumulator(str(tmp_path / "r")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"reward/reward", "policy/kl", "time/seconds_rollout", "training/loss", "eval/eval_reward"} <= tags
+    assert {"train/reward", "train/kl", "train/seconds_rollout", "train/loss", "eval/eval_reward"} <= tags
     assert {"samples/text_summary", "flags/text_summary"} == set(events.Tags()["tensors"])
     assert [event.step for event in events.Tensors("samples/text_summary")] == [0, 2]
 

@@ -1,0 +1,415 @@
+"""A run's folder, its console, its end, and the processes that it consists of."""
+
+import errno
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import huggingface_hub
+import pytest
+from conftest import (
+    EXAMPLE,
+    ROOT,
+    as_program,
+    forked,
+    output_of,
+    read_metrics,
+    run_here,
+    start_backend,
+    started,
+)
+from workers.script_worker import run, run_all
+
+import common
+import remax
+
+SENTIMENT = f"{EXAMPLE}/sentiment.py:reward"
+SHORT = "--total-episodes 8 --batch-size 4 --eval-every 0 --response-length 8".split()
+SLOW = """
+import time
+def reward(prompts, responses):
+    time.sleep(60 if len(prompts) > 1 else 0)  # the script tries it on one prompt before the run begins
+    return [0.0] * len(prompts)
+"""
+
+
+def parsed(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["remax.py", *map(str, flags)])
+    return common.parse_args(remax.Args)
+
+
+def only_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    return line
+
+
+# ---------------------------------------------------------------- Resume knows its inputs
+
+
+@pytest.fixture
+def own_inputs(tmp_path):
+    """Copies of the example's files, and the flags that name them."""
+    shutil.copytree(EXAMPLE / "policy", tmp_path / "policy")
+    shutil.copytree(EXAMPLE / "reward_model", tmp_path / "reward_model")
+    for name in ("prompts.jsonl", "prompts_test.jsonl", "sentiment.py"):
+        shutil.copy(EXAMPLE / name, tmp_path / name)
+    return dict(
+        model=tmp_path / "policy",
+        dataset=tmp_path / "prompts.jsonl",
+        eval_dataset=tmp_path / "prompts_test.jsonl",
+        reward_model=tmp_path / "reward_model",
+        gold_reward_function=f"{tmp_path}/sentiment.py:reward",
+    )
+
+
+def as_flags(inputs: dict) -> list:
+    flags = []
+    for name, value in inputs.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    return flags
+
+
+CHANGED = {  # file -> what is said of it
+    "prompts.jsonl": "prompts.jsonl has changed since the run began (--dataset)",
+    "prompts_test.jsonl": "prompts_test.jsonl has changed since the run began (--eval-dataset)",
+    "sentiment.py": "sentiment.py has changed since the run began (--gold-reward-function)",
+    "policy/generation_config.json": "policy/generation_config.json has changed since the run began (--model)",
+    "policy/model.safetensors": "policy/model.safetensors has changed since the run began (--model)",
+    "reward_model/config.json": "reward_model/config.json has changed since the run began (--reward-model)",
+}
+
+
+def test_a_resumed_run_reads_what_it_began_with(tmp_path, own_inputs, monkeypatch, capsys):
+    flags = [*SHORT, "--save-every", 1, "--output-dir", tmp_path / "r"]
+    assert run_here("remax", *flags, *as_flags(own_inputs)) == 0
+    for name, message in CHANGED.items():
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before[:-1] + b" ")
+        capsys.readouterr()
+        assert run_here("remax", "--resume", tmp_path / "r") == 2
+        assert message.replace(name, str(tmp_path / name)) in only_line(capsys)
+        (tmp_path / name).write_bytes(before)
+
+    (tmp_path / "policy" / "chat_template.jinja").write_text("{{ messages }}")
+    assert run_here("remax", "--resume", tmp_path / "r") == 2
+    assert "chat_template.jinja is new" in only_line(capsys)
+    (tmp_path / "policy" / "chat_template.jinja").unlink()
+
+    (tmp_path / "policy" / "README.md").write_text("not an input")
+    os.utime(tmp_path / "prompts.jsonl", (0, 0))
+    shutil.copytree(tmp_path / "policy", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "policy")
+    args = parsed(monkeypatch, "--resume", tmp_path / "r", "--model", tmp_path / "moved")
+    assert args.model == str(tmp_path / "moved") and args.total_episodes == 8
+
+
+def test_large_weights_are_known_by_pieces(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(2**29)  # sparse: it takes no room
+    begin = time.process_time()
+    before = common.digest(path)
+    assert time.process_time() - begin < 0.2  # all of it would take half a second
+    with open(path, "r+b") as file:
+        file.seek(2**28 + 100)
+        file.write(b"x")
+    changed = common.digest(path)
+    with open(path, "r+b") as file:
+        file.truncate(2**29 + 1)
+    assert len({before, changed, common.digest(path)}) == 3
+
+
+# ---------------------------------------------------------------- One run, one folder
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    """The first has two ranks, which do; SIGKILL frees the folder."""
+    (tmp_path / "f.py").write_text(SLOW)
+    flags = [*SHORT, "--output-dir", tmp_path / "r"]
+    slow = [*flags, "--reward-function", f"{tmp_path}/f.py:reward"]
+    with started(as_program, "remax.py", slow, ranks=2) as processes:
+        while not (tmp_path / "r" / "args.json").exists():
+            time.sleep(0.05)
+            assert not any(process.exitcode for process in processes), output_of(processes)
+        capsys.readouterr()
+        assert run_here("remax", *flags) == 2
+        assert "another process is running in this folder" in only_line(capsys)
+        for process in processes:
+            process.kill()
+            process.join()
+    assert run_here("remax", *flags) == 0
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_a_scheduler_need_a_launcher(monkeypatch, capsys, name):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, "1")
+    common.refuse_tasks_without_ranks()
+    monkeypatch.setenv(name, "2")
+    assert run_here("remax") == 2
+    line = only_line(capsys)
+    assert f"{name}=2" in line and "torchrun" in line
+    monkeypatch.setenv("RANK", "0")  # as torchrun sets it, in one task a node that srun has started
+    common.refuse_tasks_without_ranks()
+
+
+# ---------------------------------------------------------------- Full disks
+
+
+def test_room_is_looked_for_before_training(tmp_path, capsys, monkeypatch):
+    left = types.SimpleNamespace(free=4_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
+    assert run_here("remax", *SHORT, "--output-dir", tmp_path / "a") == 0  # a model of 1.2 MB
+    assert run_here("remax", *SHORT, "--save-every", 1, "--output-dir", tmp_path / "b") == 2
+    assert "the disk has 4,000,000 bytes left; the model and its checkpoints need" in only_line(capsys)
+
+
+@pytest.mark.parametrize("script", ["remax", "ppo"])
+def test_the_room_that_is_needed_is_the_room_that_is_taken(tmp_path, monkeypatch, script):
+    sizes = []
+    saved_sizes = common.saved_sizes
+    monkeypatch.setattr(common, "saved_sizes", lambda engines: sizes.extend(saved_sizes(engines)) or tuple(sizes))
+    assert run_here(script, *SHORT, "--save-every", 1, "--output-dir", tmp_path / "r") == 0
+    model = (tmp_path / "r" / "policy" / "model.safetensors").stat().st_size
+    checkpoint = sum(path.stat().st_size for path in (tmp_path / "r" / "checkpoint").rglob("*.pt"))
+    assert sizes == pytest.approx([model, checkpoint], rel=0.05)
+
+
+def full(path):
+    """What is written there meets a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+
+
+def test_a_disk_that_is_full_while_metrics_are_written(tmp_path, capsys, monkeypatch):
+    write_beginning = common.Run.write_beginning
+
+    def beginning(run):
+        write_beginning(run)
+        full(run.folder / "metrics.jsonl")
+
+    monkeypatch.setattr(common.Run, "write_beginning", beginning)
+    assert run_here("remax", *SHORT, "--output-dir", tmp_path / "r") == 1
+    assert "the disk is full" in only_line(capsys)
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_written_keeps_the_last_one(tmp_path, capsys, monkeypatch):
+    save_checkpoint = common.Run.save_checkpoint
+
+    def save(run, update):
+        if update == 2:
+            full(run.folder / "checkpoint" / "update-2" / "engine-0" / "mp_rank_00_model_states.pt")
+        save_checkpoint(run, update)
+
+    monkeypatch.setattr(common.Run, "save_checkpoint", save)
+    assert run_here("remax", *SHORT, "--save-every", 1, "--output-dir", tmp_path / "r") == 1
+    assert "the disk is full" in only_line(capsys)
+    monkeypatch.undo()
+    assert run_here("remax", "--resume", tmp_path / "r") == 0
+    assert "Resumed after update 1 of 2" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_while_the_model_is_saved(tmp_path, capsys, monkeypatch):
+    save_and_check = common.save_and_check
+
+    def save(engine, tokenizer, folder, *args):
+        full(folder.with_name("policy.tmp") / "model.safetensors")
+        save_and_check(engine, tokenizer, folder, *args)
+
+    monkeypatch.setattr(common, "save_and_check", save)
+    assert run_here("remax", *SHORT, "--save-every", 1, "--output-dir", tmp_path / "r") == 1
+    assert "the disk is full" in only_line(capsys)
+    assert (tmp_path / "r" / "checkpoint" / "latest").read_text() == "2"
+
+
+def test_an_unusable_home_is_not_a_fault_of_the_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", "/home/nobody/.cache/huggingface")
+    with pytest.raises(SystemExit), common.fails_with("data.parquet"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/home/nobody/.cache/huggingface/datasets")
+    line = only_line(capsys)
+    assert "HF_HOME" in line and "data.parquet" not in line
+
+
+# ---------------------------------------------------------------- The console
+
+
+def test_an_output_that_is_not_utf_8(tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    flags = [*SHORT, "--eval-every", 2, "--eval-size", 4, "--output-dir", tmp_path / "r"]
+    assert run_here("remax", *flags) == 0
+    out.flush()
+    assert b"eval_reward" in out.buffer.getvalue()
+
+
+def test_samples_on_screen_show_where_they_are_cut(tmp_path, capsys):
+    shown = types.SimpleNamespace(is_main=True, folder=tmp_path, writer=types.SimpleNamespace(add_text=lambda *a: 0))
+    row = dict(prompt="a" * 200 + "\nQ:", response="one\ntwo" + "b" * 400, reward=1.0, gold_reward=0.25)
+    common.Run.log_samples(shown, 3, [row])
+    out = capsys.readouterr().out
+    assert f"[  1.00] …{'a' * 117}⏎Q: ▸one⏎two{'b' * 393}…\n" in out
+    assert "mean reward 1.00, mean gold reward 0.25 of greedy responses" in out
+    common.Run.log_samples(shown, 4, [dict(prompt="Q:", response=" yes")])
+    assert "    Q: ▸ yes\n" in capsys.readouterr().out
+
+
+def test_the_last_lines_show_the_best_value(tmp_path):
+    rewards = [-1.0, 4.0, 2.0]
+    rows = [dict(update=10 * i, eval_reward=reward, eval_loss=-reward) for i, reward in enumerate(rewards)]
+    rows.insert(1, dict(update=5, reward=9.0))
+    reward, loss = common.Run.evaluation_lines(types.SimpleNamespace(rows=rows))
+    assert reward.split() == "eval_reward -1.00 → 2.00 (best 4.00, update 10)".split()
+    assert loss.split() == "eval_loss 1.00 → -2.00 (best -4.00, update 10)".split()
+
+
+def test_a_model_card_names_base_model_and_data_and_no_folder_of_this_machine(tmp_path, own_inputs):
+    flags = [*SHORT, *as_flags(own_inputs), "--output-dir", tmp_path / "r"]
+    assert run_here("remax", *flags) == 0
+    path = tmp_path / "r" / "policy" / "README.md"
+    card = huggingface_hub.ModelCard.load(path)
+    assert card.data.base_model == "policy" and card.data.datasets == ["prompts.jsonl"]
+    assert str(tmp_path) not in path.read_text() and '"sentiment.py:reward"' in path.read_text()
+    assert common.public_name(str(EXAMPLE / "policy")) == "examples/reviews/policy"
+    assert common.public_name("org/model") == "org/model"
+
+
+def test_own_data_with_the_example_s_model_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The plot"}\n')
+    parsed(monkeypatch, "--dataset", tmp_path / "p.jsonl", "--reward-function", SENTIMENT)
+    assert "note: --dataset your own, but the model is the example's" in capsys.readouterr().out
+    parsed(monkeypatch, "--dataset", EXAMPLE / "prompts.jsonl", "--reward-function", SENTIMENT)
+    parsed(monkeypatch, "--dataset", tmp_path / "p.jsonl", "--reward-function", SENTIMENT, "--model", tmp_path)
+    parsed(monkeypatch)
+    assert "note: " not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- The end, and processes
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
+    (tmp_path / "f.py").write_text(SLOW)
+    flags = [*SHORT, "--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r"]
+    with started(as_program, "remax.py", flags) as (process,):
+        while "0/2" not in process.err.read_text():
+            time.sleep(0.05)
+            assert process.exitcode is None, output_of([process])
+        time.sleep(0.5)
+        for _ in range(2):  # a launcher passes ctrl-C on, so that it arrives twice
+            os.kill(process.pid, signal.SIGINT)
+        process.join(1.5)
+        assert process.exitcode is None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(20)
+        assert process.exitcode == -signal.SIGINT
+        assert process.err.read_text().count("Stopping after this update") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_other_within_a_minute(tmp_path, rank):
+    flags = [*SHORT, "--total-episodes", 40_000, "--output-dir", tmp_path / "r"]
+    with started(as_program, "remax.py", flags, ranks=2) as processes:
+        metrics = tmp_path / "r" / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            time.sleep(0.05)
+            assert not any(process.exitcode for process in processes), output_of(processes)
+        processes[rank].kill()
+        other = processes[1 - rank]
+        other.join(60)
+        assert other.exitcode
+
+
+def test_ranks_wait_for_each_other_for_hours():
+    start_backend()
+    group = common.dist.group.WORLD._get_backend(common.torch.device("cpu"))
+    assert group.options._timeout.total_seconds() >= 3600
+
+
+def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
+    code = "import signal, common; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "True\n"
+
+
+@pytest.mark.parametrize("script", ["remax", "reinforce", "ppo", "spr", "spr_token"])
+def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatch, script):
+    """All prompts are the same one, and the policy does not learn."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "The plot"}\n' * 4)
+    texts = []
+    rollout = common.rollout
+
+    def watched(policy, prompts, *args, **kwargs):
+        responses = rollout(policy, prompts, *args, **kwargs)
+        if kwargs["num_samples"]:
+            texts.append(tuple(responses.texts))
+        return responses
+
+    monkeypatch.setattr(common, "rollout", watched)
+    flags = [*SHORT, "--total-episodes", 12, "--learning-rate", 1e-30, "--dataset", prompts]
+    flags += ["--reward-function", SENTIMENT]
+    if script == "spr_token":
+        flags += "--num-samples 2 --value-epochs 1".split()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run_here(script, *flags, "--seed", seed, "--output-dir", tmp_path / name) == 0
+    first, again, other = texts[:3], texts[3:6], texts[6:]
+    assert first == again
+    assert len({*first, *other}) == 6
+    common.set_seed(1, 1, 0)
+    drawn = common.torch.rand(4)
+    common.set_seed(1, 1, 1)  # another rank
+    assert not common.torch.equal(drawn, common.torch.rand(4))
+
+
+ONE_STEP = "--num-epochs 1 --num-minibatches 1".split()
+RANKED = dict(
+    remax="--num-samples 2".split(),
+    reinforce=[],
+    ppo=ONE_STEP,
+    spr=[*ONE_STEP, "--num-samples", "2"],
+    reward_model="--max-prompt-length 64".split(),
+    dpo=[],
+)
+
+
+def numbers(folder) -> list[dict]:
+    """The metrics that do not depend on the machine."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("seconds", "peak", "tokens"))}
+        for row in read_metrics(folder)
+    ]
+
+
+def test_two_ranks_log_what_one_rank_logs(tmp_path):
+    """Responses depend on prompt and update alone, so the two runs differ in who computes what."""
+    cases = []
+    for script, own in RANKED.items():
+        flags = "--total-episodes 16 --batch-size 8 --eval-every 1 --eval-size 6 --learning-rate 1e-4".split()
+        if script in ("remax", "reinforce", "ppo", "spr"):
+            flags += ["--gold-reward-function", SENTIMENT, "--response-length", "12"]
+        cases.append(dict(script=script, flags=[*flags, *own, "--output-dir", tmp_path / "two" / script], fixed=True))
+    found = forked(run_all, cases, ranks=2)
+    assert [result["status"] for result in found] == [0] * len(cases)
+    for case in cases:
+        folder = tmp_path / "one" / case["script"]
+        assert run(case["script"], [*case["flags"][:-1], folder], fixed=True)["status"] == 0
+        one, two = numbers(folder), numbers(case["flags"][-1])
+        assert len(one) == len(two) == 3
+        for row, other in zip(one, two):
+            assert other == pytest.approx(row, rel=1e-3, abs=1e-4), case["script"]
+
+
+def test_a_clock_s_laps_are_metrics():
+    clock = common.Clock()
+    time.sleep(0.02)
+    clock.lap("rollout")
+    clock.lap("train")
+    assert list(clock.seconds) == ["seconds_rollout", "seconds_train"]
+    assert clock.seconds["seconds_rollout"] >= 0.02 and clock.total() == sum(clock.seconds.values())
