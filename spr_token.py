@@ -19,8 +19,8 @@ carries the reward back by one token only, so by default Q is fitted to the rewa
 Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
 This script does without these parts of ReMax:
-- frozen models in memory: the reward model is read for the moment of scoring, the initial policy for an evaluation;
-  the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
+- several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
+  but the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
 
@@ -238,9 +238,6 @@ def explained_shares(values_BT, rewards_B, mask_BT):
 def main() -> None:
     args = common.parse_args(Args)
     backend = common.start_processes(args)  # this rank among the others, and how models compute on it
-    shares = backend.world_size * args.num_minibatches
-    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
-    X = minibatch_size * args.num_minibatches  # prompts on this rank
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -252,9 +249,12 @@ def main() -> None:
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     N = args.num_samples  # responses per prompt
+    shares = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
+    X = minibatch_size * args.num_minibatches  # prompts on this rank
     B = X * N  # rows on this rank
 
-    # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
+    # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
     scoring = (args.reward_model, args.reward_function, args.missing_eos_penalty)
 
@@ -331,6 +331,7 @@ def main() -> None:
         common.reset_optimizer(policy)
         losses = []
         grad_norms = []
+        num_steps = len(minibatches)
         for step, minibatch in enumerate(minibatches, start=1):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
@@ -339,13 +340,12 @@ def main() -> None:
                 loss = weighted_nll(logprobs_MT, weights_BT[rows] / N, mask_BT[rows], denominator=minibatch_size)
                 common.backward(policy, loss, is_last)
                 losses.append(loss.detach())
-            schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
-            learning_rate = common.scheduled(args.learning_rate, *schedule)
-            grad_norm, policy_skipped = common.optimizer_step(policy, learning_rate)
+            learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, num_steps)
+            grad_norm, skipped_updates = common.optimizer_step(policy, learning_rate)
             grad_norms.append(grad_norm)
-            run.show(dict(step=step, loss=sum(losses) / step))
+            run.show(dict(step=step, loss=sum(losses) / len(grad_norms)))
         grad_norm = sum(grad_norms) / len(grad_norms)
-        skipped_updates = policy_skipped + value_skipped
+        skipped_updates += value_skipped
         train_time = time.perf_counter()
 
         # 6. Log, evaluate, checkpoint
