@@ -5,9 +5,12 @@
     python examples/compare.py A B --typed
 
 A policy is a model's folder, a run's folder (then it is the one in policy/) or a hub name. One alone works, too.
-Prompts, responses and rewards come from the functions that the scripts train with.
+A run's folder also says which data (held-out, where it names a file), reward, lengths and temperature are used. Flags
+go first, and where two runs differ, a flag must decide. Prompts, responses and rewards come from the functions that the
+scripts train with.
 """
 
+import json
 import shutil
 import signal
 import string
@@ -72,6 +75,52 @@ class Args:
     resume = None
 
 
+DATA = "dataset dataset_config dataset_split prompt_column max_prompt_length response_length temperature".split()
+
+
+def settings_of(run: Path) -> dict:
+    """What a run's args.json says of its data and its reward: {field of Args: value}; `reward`: (model, function)."""
+    path = run / "args.json"
+    with common.fails_with(path):
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    settings = {name: value for name, value in saved.items() if name in DATA}
+    settings["dataset"] = saved.get("eval_dataset") or saved["dataset"]
+    reward = (saved.get("reward_model"), saved.get("reward_function"))
+    if any(reward):  # dpo.py and fine-tuning have none
+        settings["reward"] = reward
+    return settings
+
+
+def take_settings_of_runs(args):
+    """Fields that no flag has given become those of the runs among the policies; runs that differ are refused."""
+    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:]]
+    if "reward_model" in given or "reward_function" in given:
+        given.append("reward")
+    settings, owners = {}, {}
+    for run in map(Path, args.policies):
+        if not (run / "policy").is_dir() or not (run / "args.json").is_file():
+            continue
+        for name, value in settings_of(run).items():
+            if name in given:
+                continue
+            if settings.setdefault(name, value) != value:
+                flag = f"--{name.replace('_', '-')}" if name != "reward" else "--reward-model or --reward-function"
+                common.fail(f"{owners[name]} and {run} had different values: give {flag}")
+            owners.setdefault(name, run)
+    if not settings:
+        return
+    is_own = "dataset" in settings and not Path(settings["dataset"]).is_relative_to(common.HERE / "examples/reviews")
+    reward = settings.pop("reward", None)
+    if reward:
+        args.reward_model, args.reward_function = reward
+    elif is_own and "reward" not in given:
+        args.reward_model = None  # the example's is not for these prompts
+    for name, value in settings.items():
+        setattr(args, name, value)
+    values = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not None]
+    print(f"As in {', '.join(map(str, dict.fromkeys(owners.values())))}: {' '.join(values)}")
+
+
 def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
     """Lines of standard input -> a prompt for each policy; a line without tokens is left out."""
     sys.stdin.reconfigure(errors="replace")
@@ -101,6 +150,7 @@ def main() -> None:
     args = common.parse_args(Args)
     if not 1 <= len(args.policies) <= 26:
         common.fail("give 1 to 26 policies, as in: compare.py examples/reviews/policy runs/NAME")
+    take_settings_of_runs(args)
     backend = common.start_processes(args)
     paths, tokenizers, data = [], [], []
     for letter, path in zip(string.ascii_uppercase, args.policies):
