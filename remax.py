@@ -114,7 +114,7 @@ class Args:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
-    """Keep optimizer state and frozen models in CPU memory between uses."""
+    """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

@@ -14,8 +14,8 @@ ROWS, BATCH, MINIBATCH, EPOCHS, RATE, SEED = 22, 8, 4, 2, 2e-3, 5
 STEPS = 10  # two passes over 22 rows are five whole updates of two steps
 FLAGS = f"""
     --weighting uniform --num-samples 0 --num-epochs {EPOCHS} --batch-size {BATCH} --num-minibatches 2 --seed {SEED}
-    --learning-rate {RATE} --lr-schedule cosine --warmup-ratio 0.2 --max-grad-norm 10 --response-length 80
-    --micro-batch-size 3 --eval-every 2 --eval-size 6
+    --learning-rate {RATE} --lr-schedule cosine --warmup-ratio 0.2 --max-grad-norm 10
+    --max-prompt-length 48 --response-length 80 --micro-batch-size 3 --eval-every 2 --eval-size 6
 """.split()
 
 

@@ -98,10 +98,6 @@ def test_diffs_stay_within_their_lines(a, b, budget):
     assert sum(line[0] in "+-" for line in diff(a, b)) <= budget
 
 
-def test_the_readme_stays_within_its_words():
-    assert len(README.split()) <= 2000
-
-
 def test_a_function_is_shared_only_if_two_scripts_need_it():
     inside = names_in(OUTSIDE).union(*(names_in(text) - {name} for name, (_, text) in DEFINITIONS.items()))
     for name in DEFINITIONS.keys() - inside:
