@@ -88,8 +88,8 @@ def make_policy() -> None:
     shape["initializer_range"] = 0.1  # with GPT-2's 0.02 so few steps do not teach it to compare two numbers
     shape["activation_function"] = "gelu_pytorch_tanh"  # one kernel in place of the eight of GPT-2's gelu_new
     start = GPT2LMHeadModel(GPT2Config(**shape, **ids, **dropout))
-    flags = "--weighting uniform --num-samples 0 --num-epochs 6 --batch-size 32"
-    flags += " --num-minibatches 1 --learning-rate 4e-3 --lr-schedule cosine --response-length 60 --eval-every 0"
+    flags = "--weighting uniform --num-samples 0 --num-epochs 6 --batch-size 320"
+    flags += " --num-minibatches 10 --learning-rate 4e-3 --lr-schedule cosine --response-length 60 --eval-every 0"
     with tempfile.TemporaryDirectory() as folder:
         start.save_pretrained(f"{folder}/start")
         tokenizer.save_pretrained(f"{folder}/start")

@@ -167,8 +167,8 @@ def run_script(name: str, start: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> None:
     """Supervised fine-tuning on the demonstrations."""
     torch.manual_seed(0)
-    flags = "--weighting uniform --num-samples 0 --num-epochs 8 --batch-size 48"
-    flags += " --num-minibatches 1 --micro-batch-size 48 --learning-rate 3e-3 --lr-schedule cosine --eval-every 0"
+    flags = "--weighting uniform --num-samples 0 --num-epochs 8 --batch-size 480"
+    flags += " --num-minibatches 10 --micro-batch-size 48 --learning-rate 3e-3 --lr-schedule cosine --eval-every 0"
     flags += " --max-prompt-length 48 --response-length 80 --dataset"
     start = GPT2LMHeadModel(config(tokenizer, width=96, layers=3))
     run_script("spr.py", start, tokenizer, "policy", *flags.split(), str(HERE / "demonstrations.jsonl"))
