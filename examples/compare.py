@@ -49,9 +49,9 @@ class Args:
     num_prompts: PositiveInt = 5
     """Prompts to show, from the beginning of --dataset."""
     typed: bool = False
-    """Read prompts from standard input, one a line, in place of --dataset."""
+    """Read prompts from standard input, one per line, instead of --dataset."""
     chat: bool = False
-    """Typed lines are messages of a user, for the chat templates of the policies."""
+    """Each typed line is a user's message, which goes through the policies' chat templates."""
     num_samples: NonNegativeInt = 0
     """Sampled responses per prompt and policy, beside the greedy one."""
     max_prompt_length: PositiveInt = 64
@@ -79,7 +79,7 @@ DATA = "dataset dataset_config dataset_split prompt_column max_prompt_length res
 
 
 def settings_of(run: Path) -> dict:
-    """What a run's args.json says of its data and its reward: {field of Args: value}; `reward`: (model, function)."""
+    """Data and reward in a run's args.json -> {field of Args: value}, and `reward`: (reward model, reward function)."""
     path = run / "args.json"
     with common.fails_with(path):
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -170,7 +170,7 @@ def main() -> None:
         policies[letter] = common.freeze(common.load_policy(path, tokenizer, sampling, backend), backend)
 
     if args.typed:
-        print("Type a prompt a line; ctrl-D ends.", flush=True)
+        print("Type one prompt per line; ctrl-D ends.", flush=True)
         rows = typed_prompts(args, tokenizers)
     else:
         shared = [where for where in data[0] if all(where in prompts for prompts in data)]
