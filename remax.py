@@ -109,7 +109,7 @@ class Args:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
-    """Keep optimizer state and frozen models in CPU memory between uses."""
+    """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
     """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False

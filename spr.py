@@ -1,14 +1,12 @@
 r"""SPR, Successive Policy Re-weighting (NeurIPS 2024 FITML workshop, Algorithm 2): weighted supervised fine-tuning.
 
-To each prompt x the policy π_k gives N responses y_1 … y_N. Their rewards become weights, and the next policy is
-fitted to the weighted responses by maximum likelihood:
+To each prompt x the policy π_k gives N responses y_1 … y_N. The next policy is fitted to them, weighted by rewards:
 
     π_{k+1}  =  argmax over π of  Σ_i exp((r(x, y_i) − W(x)) / β) log π(y_i | x),    W(x) = β log Σ_i exp(r(x, y_i) / β)
 
-so that π_{k+1} approaches π_k(y | x) exp((r − W) / β), the best policy near π_k (Theorem 1; Algorithm 2 prints argmin
-by mistake). The paper gives β no value: it is a temperature, in reward units. Towards 0 only the best response counts
-(Best-of-N), towards ∞ all count alike. A demonstration, where the data has one, is one of the N; it is no draw of π_k,
-so that is a heuristic. --weighting uniform --num-samples 0 is supervised fine-tuning on the demonstrations alone.
+so that π_{k+1} approaches π_k exp((r − W) / β) (Theorem 1; Algorithm 2 prints argmin by mistake). β → 0 is Best-of-N.
+If the data has demonstrations, each joins its prompt's samples: a heuristic. Without samples (--weighting uniform
+--num-samples 0) this is supervised fine-tuning: the whole run is one fit, and an update is a batch of demonstrations.
 
 This script does without these parts of ReMax:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
@@ -86,8 +84,8 @@ class Args:
     """Reward units taken from a response that does not end."""
 
     # Optimization
-    total_episodes: PositiveInt = 1024
-    """Prompts in the whole run, over all ranks, rounded down to whole updates; the data set repeats as needed."""
+    total_episodes: PositiveInt | None = None
+    """Prompts in the whole run, over all ranks; None for 1,024, or with --num-samples 0 for --num-epochs passes."""
     batch_size: PositiveInt = 256
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
@@ -105,7 +103,7 @@ class Args:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
-    """Keep optimizer state and frozen models in CPU memory between uses."""
+    """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
     """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False
@@ -121,7 +119,7 @@ class Args:
     weighting: Literal["spr", "best-of-n", "uniform"] = "spr"
     """Weights of a prompt's responses: exp((r − W) / β), or 1 for the best (ties share it), or equal ones."""
     num_epochs: PositiveInt = 2
-    """Passes over the responses of an update."""
+    """Passes over the responses of an update; with --num-samples 0 over the data set."""
     num_minibatches: PositiveInt = 4
     """Optimizer steps per pass; each takes an equal share of the prompts."""
     completion_column: str = "completion"
@@ -149,9 +147,8 @@ def weights_of(rewards_BN, weighting, beta):
     """-> weights_BN, float64; each prompt's weights sum to 1."""
     if weighting == "spr":
         return sample_weights(rewards_BN, reference_value(rewards_BN, beta), beta)
-    counts_BN = torch.ones_like(rewards_BN, dtype=torch.float64)
-    if weighting == "best-of-n":
-        counts_BN = (rewards_BN == rewards_BN.amax(1, keepdim=True)).double()
+    is_best_BN = rewards_BN == rewards_BN.amax(1, keepdim=True)
+    counts_BN = (is_best_BN | (weighting == "uniform")).double()
     return counts_BN / counts_BN.sum(1, keepdim=True)
 
 
@@ -197,9 +194,6 @@ def main() -> None:
         gradient_checkpointing=args.gradient_checkpointing,
         lora_rank=args.lora_rank,
     )
-    shares = backend.world_size * args.num_minibatches
-    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
-    X = minibatch_size * args.num_minibatches  # prompts on this rank
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -215,11 +209,17 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     has_demonstrations = prompts[0].demonstration is not None
     N = args.num_samples + has_demonstrations  # responses per prompt
-    B = X * N  # rows on this rank
-    if B == 0:
+    if N == 0:
         common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
+    total_episodes = args.total_episodes or (1024 if args.num_samples > 0 else args.num_epochs * len(prompts))
+    shares = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(total_episodes, args.batch_size, shares)
+    X = minibatch_size * args.num_minibatches  # prompts on this rank
+    B = X * N  # rows on this rank
+    num_epochs = args.num_epochs if args.num_samples > 0 else 1  # in an update
+    num_steps = num_epochs * args.num_minibatches * (1 if args.num_samples > 0 else num_updates)  # in a fit
 
-    # 2. Models: the policy stays in memory; the others are loaded when needed
+    # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
     scoring = dict(
         model=args.reward_model,
@@ -281,27 +281,28 @@ def main() -> None:
         run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weight=weights_B), N)
         clock.lap("score")
 
-        # 5. Update: a fit of its own, with new moments of Adam and its own schedule
-        common.reset_optimizer(policy.engine)
+        # 5. Update: a fit of its own, with new moments of Adam and its own schedule; without samples, a part of one fit
+        minibatches = [part for _ in range(num_epochs) for part in torch.randperm(X).split(minibatch_size)]
+        first_step = (update - 1) * len(minibatches) % num_steps + 1
+        if first_step == 1:
+            common.reset_optimizer(policy.engine)
         losses = []
         grad_norms = []
-        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(X).split(minibatch_size)]
-        for step, minibatch in enumerate(minibatches, start=1):
+        for step, minibatch in enumerate(minibatches, start=first_step):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
             num_kept = max(common.gather_rows([int((weights_B[numbers] > 0).sum())]))
-            kept = numbers[weights_B[numbers].argsort(descending=True, stable=True)[:num_kept].tolist()]
-            for positions, is_last in common.micro_batches(mask_BT[kept].sum(1), args.micro_batch_size):
-                rows = kept[positions].tolist()
+            numbers = numbers[weights_B[numbers].argsort(descending=True, stable=True)[:num_kept].tolist()]
+            for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
+                rows = numbers[positions].tolist()
                 logprobs_MT = common.logprobs(policy, responses[rows])
                 loss = weighted_nll(logprobs_MT, weights_B[rows], mask_BT[rows], denominator=minibatch_size)
                 common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
-            schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
-            learning_rate = common.scheduled(args.learning_rate, *schedule)
+            learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, num_steps)
             grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
             grad_norms.append(grad_norm)
-            run.show(dict(step=step, loss=sum(losses) / step))
+            run.show(dict(step=step, loss=sum(losses) / len(grad_norms)))
         grad_norm = sum(grad_norms) / len(grad_norms)
         clock.lap("train")
 

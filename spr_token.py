@@ -19,8 +19,8 @@ carries the reward back by one token only, so by default Q is fitted to the rewa
 Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
 This script does without these parts of ReMax:
-- frozen models in memory: the reward model is read for the moment of scoring, the initial policy for an evaluation;
-  the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
+- several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
+  but the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
 
@@ -118,7 +118,7 @@ class Args:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
-    """Keep optimizer state and frozen models in CPU memory between uses."""
+    """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
     """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False
@@ -244,9 +244,6 @@ def main() -> None:
         gradient_checkpointing=args.gradient_checkpointing,
         lora_rank=args.lora_rank,
     )
-    shares = backend.world_size * args.num_minibatches
-    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
-    X = minibatch_size * args.num_minibatches  # prompts on this rank
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
@@ -258,9 +255,12 @@ def main() -> None:
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     N = args.num_samples  # responses per prompt
+    shares = backend.world_size * args.num_minibatches
+    minibatch_size, num_updates = common.plan_updates(args.total_episodes, args.batch_size, shares)
+    X = minibatch_size * args.num_minibatches  # prompts on this rank
     B = X * N  # rows on this rank
 
-    # 2. Models: the policy and the value model stay in memory; the others are loaded when needed
+    # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
     scoring = dict(
         model=args.reward_model,
@@ -350,6 +350,7 @@ def main() -> None:
         common.reset_optimizer(policy.engine)
         losses = []
         grad_norms = []
+        num_steps = len(minibatches)
         for step, minibatch in enumerate(minibatches, start=1):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
@@ -358,13 +359,12 @@ def main() -> None:
                 loss = weighted_nll(logprobs_MT, weights_BT[rows] / N, mask_BT[rows], denominator=minibatch_size)
                 common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
-            schedule = (args.lr_schedule, args.warmup_ratio, step, len(minibatches))
-            learning_rate = common.scheduled(args.learning_rate, *schedule)
-            grad_norm, policy_skipped = common.optimizer_step(policy.engine, learning_rate)
+            learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, step, num_steps)
+            grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
             grad_norms.append(grad_norm)
-            run.show(dict(step=step, loss=sum(losses) / step))
+            run.show(dict(step=step, loss=sum(losses) / len(grad_norms)))
         grad_norm = sum(grad_norms) / len(grad_norms)
-        skipped_updates = policy_skipped + value_skipped
+        skipped_updates += value_skipped
         clock.lap("train")
 
         # 6. Log, evaluate, checkpoint

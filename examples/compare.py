@@ -5,9 +5,12 @@
     python examples/compare.py A B --typed
 
 A policy is a model's folder, a run's folder (then it is the one in policy/) or a hub name. One alone works, too.
-Prompts, responses and rewards come from the functions that the scripts train with.
+A run's folder also says which data (held-out, where it names a file), reward, lengths and temperature are used. Flags
+go first, and where two runs differ, a flag must decide. Prompts, responses and rewards come from the functions that the
+scripts train with.
 """
 
+import json
 import shutil
 import signal
 import string
@@ -46,9 +49,9 @@ class Args:
     num_prompts: PositiveInt = 5
     """Prompts to show, from the beginning of --dataset."""
     typed: bool = False
-    """Read prompts from standard input, one a line, in place of --dataset."""
+    """Read prompts from standard input, one per line, instead of --dataset."""
     chat: bool = False
-    """Typed lines are messages of a user, for the chat templates of the policies."""
+    """Each typed line is a user's message, which goes through the policies' chat templates."""
     num_samples: NonNegativeInt = 0
     """Sampled responses per prompt and policy, beside the greedy one."""
     max_prompt_length: PositiveInt = 64
@@ -63,6 +66,52 @@ class Args:
     """Python function file.py:name that scores texts in place of the reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation."""
+
+
+DATA = "dataset dataset_config dataset_split prompt_column max_prompt_length response_length temperature".split()
+
+
+def settings_of(run: Path) -> dict:
+    """Data and reward in a run's args.json -> {field of Args: value}, and `reward`: (reward model, reward function)."""
+    path = run / "args.json"
+    with common.fails_with(path):
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    settings = {name: value for name, value in saved.items() if name in DATA}
+    settings["dataset"] = saved.get("eval_dataset") or saved["dataset"]
+    reward = (saved.get("reward_model"), saved.get("reward_function"))
+    if any(reward):  # dpo.py and fine-tuning have none
+        settings["reward"] = reward
+    return settings
+
+
+def take_settings_of_runs(args):
+    """Fields that no flag has given become those of the runs among the policies; runs that differ are refused."""
+    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:]]
+    if "reward_model" in given or "reward_function" in given:
+        given.append("reward")
+    settings, owners = {}, {}
+    for run in map(Path, args.policies):
+        if not (run / "policy").is_dir() or not (run / "args.json").is_file():
+            continue
+        for name, value in settings_of(run).items():
+            if name in given:
+                continue
+            if settings.setdefault(name, value) != value:
+                flag = f"--{name.replace('_', '-')}" if name != "reward" else "--reward-model or --reward-function"
+                common.fail(f"{owners[name]} and {run} had different values: give {flag}")
+            owners.setdefault(name, run)
+    if not settings:
+        return
+    is_own = "dataset" in settings and not Path(settings["dataset"]).is_relative_to(common.HERE / "examples/reviews")
+    reward = settings.pop("reward", None)
+    if reward:
+        args.reward_model, args.reward_function = reward
+    elif is_own and "reward" not in given:
+        args.reward_model = None  # the example's is not for these prompts
+    for name, value in settings.items():
+        setattr(args, name, value)
+    values = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not None]
+    print(f"As in {', '.join(map(str, dict.fromkeys(owners.values())))}: {' '.join(values)}")
 
 
 def typed_prompts(args, tokenizers) -> Iterator[list[common.Prompt]]:
@@ -93,6 +142,7 @@ def main() -> None:
     common.make_paths_absolute(args)
     if not 1 <= len(args.policies) <= 26:
         common.fail("give 1 to 26 policies, as in: compare.py examples/reviews/policy runs/NAME")
+    take_settings_of_runs(args)
     backend = common.start_processes(
         dtype=args.dtype,
         attention="sdpa",
@@ -124,7 +174,7 @@ def main() -> None:
         policies[letter] = common.load_policy(path, tokenizer, sampling, backend)
 
     if args.typed:
-        print("Type a prompt a line; ctrl-D ends.", flush=True)
+        print("Type one prompt per line; ctrl-D ends.", flush=True)
         rows = typed_prompts(args, tokenizers)
     else:
         shared = [where for where in data[0] if all(where in prompts for prompts in data)]

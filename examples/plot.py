@@ -26,7 +26,7 @@ class Args:
     runs: tuple[Path, ...]
     """Folders of runs."""
     metrics: tuple[str, ...] = ()
-    """Columns of metrics.jsonl; by default those of the rewards, KL, accuracy and held-out loss that there are."""
+    """Columns of metrics.jsonl; by default rewards, KL, accuracy and held-out loss, as far as the runs have them."""
     x: str = "episodes"
     """Column of the horizontal axis."""
     output: Path = Path("curves.png")
@@ -39,12 +39,12 @@ def fail(message) -> typing.NoReturn:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run; a run that goes on may have written half of the last one."""
+    """The rows of a run; a run in progress may have written only half of its last line."""
     path = folder / "metrics.jsonl"
     if not folder.is_dir():
         fail(f"{folder}: no such folder")
     if not path.is_file():
-        fail(f"{folder}: there is no metrics.jsonl in it; give the folder of a run")
+        fail(f"{folder}: it has no metrics.jsonl; give the folder of a run")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -90,7 +90,7 @@ def main() -> None:
     try:
         import matplotlib
     except ImportError:
-        fail("plot.py draws with matplotlib, which is not there: pip install matplotlib")
+        fail("plot.py needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 

@@ -55,7 +55,7 @@ def test_the_three_commands_work_on_a_user_s_own_data(tmp_path, monkeypatch):
         lines = (EXAMPLE / f"{example}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[:80]))
     lengths = "--max-prompt-length 64 --response-length 48"  # of the tiny model
-    short = dict(spr=f"--total-episodes 16 --batch-size 16 --num-minibatches 4 --eval-size 8 {lengths}")
+    short = dict(spr=f"--num-epochs 1 --batch-size 16 --eval-size 8 {lengths}")
     short |= dict(reward_model="--total-episodes 64 --eval-size 8")
     short |= dict(remax=f"--total-episodes 32 --batch-size 16 --eval-size 8 {lengths}")
     monkeypatch.chdir(tmp_path)

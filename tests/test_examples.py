@@ -85,9 +85,8 @@ def shown(out: str) -> list[tuple[str, dict]]:
 def test_compare_shows_the_responses_and_rewards_that_the_run_has_measured(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     policies = (EXAMPLE / "policy", run, run / "policy")
-    result = run_script(
-        "examples/compare.py", *policies, *"--num-prompts 7 --response-length 12 --num-samples 2".split()
-    )
+    flags = "--num-prompts 7 --num-samples 2".split()  # the response length is the run's
+    result = run_script("examples/compare.py", *policies, *flags)
     assert_ok(result)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     rows = read_metrics(run)
@@ -163,6 +162,66 @@ def test_compare_refuses_in_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "The plot"}')
     line = refusal("compare", monkeypatch, capsys, EXAMPLE / "policy", "--dataset", tmp_path / "own.jsonl")
     assert "--reward-model or --reward-function: give one" in line  # the example's is not for these prompts
+
+
+@pytest.fixture
+def own(tmp_path):
+    """What two runs would leave: a policy and the flags, without training."""
+    import shutil
+
+    (tmp_path / "own.jsonl").write_text('{"question": "The plot", "number": 3}\n{"question": "The end", "number": 8}\n')
+    (tmp_path / "r.py").write_text("def reward(prompts, responses, number):\n    return number\n")
+    (tmp_path / "s.py").write_text("def reward(prompts, responses):\n    return [-1.0] * len(prompts)\n")
+    saved = dict(dataset=str(EXAMPLE / "prompts.jsonl"), eval_dataset=f"{tmp_path}/own.jsonl", temperature=0.5)
+    saved |= dict(dataset_config=None, dataset_split="train", prompt_column="question", max_prompt_length=9)
+    saved |= dict(response_length=5, reward_model=None)
+    for name, reward in (("one", "r.py"), ("two", "s.py"), ("tuned", None)):
+        shutil.copytree(EXAMPLE / "policy", tmp_path / name / "policy")
+        function = f"{tmp_path}/{reward}:reward" if reward else None
+        (tmp_path / name / "args.json").write_text(json.dumps(saved | dict(reward_function=function)))
+    return tmp_path
+
+
+def test_compare_judges_a_run_by_its_own_data_and_reward(own):
+    result = run_script("examples/compare.py", EXAMPLE / "policy", own / "one", own / "tuned", "--num-samples", 1)
+    assert_ok(result)
+    assert [prompt for prompt, _ in shown(result.stdout)] == ["The plot", "The end"]
+    for (_, texts), number in zip(shown(result.stdout), (3, 8)):
+        assert {score for scores in texts.values() for score, _ in scores} == {number}
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("As in ")]
+    assert f"As in {own / 'one'}" in line and f"--dataset {own / 'own.jsonl'}" in line
+    assert "--response-length 5" in line and "--temperature 0.5" in line
+
+
+def test_flags_of_compare_go_before_those_of_a_run(own, monkeypatch, capsys):
+    import common
+
+    seen = {}
+
+    def load_prompts(path, hub, column, tokenizer, max_length):
+        seen.update(path=path, column=column, max_length=max_length)
+        common.fail("seen")
+
+    monkeypatch.setattr(common, "load_prompts", load_prompts)
+    flags = ["--prompt-column=text", "--max_prompt_length", "7"]
+    assert "seen" in refusal("compare", monkeypatch, capsys, own / "one", *flags)
+    assert seen == dict(path=f"{own}/own.jsonl", column="text", max_length=7)
+
+
+def test_compare_refuses_runs_that_differ(own, monkeypatch, capsys):
+    line = refusal("compare", monkeypatch, capsys, own / "one", own / "two")
+    assert (
+        f"{own / 'one'} and {own / 'two'} had different" in line and "give --reward-model or --reward-function" in line
+    )
+    assert "give one" in refusal("compare", monkeypatch, capsys, own / "tuned")  # not the example's reward
+    saved = json.loads((own / "one" / "args.json").read_text())
+    (own / "two" / "args.json").write_text(json.dumps(saved | dict(response_length=6)))
+    line = refusal("compare", monkeypatch, capsys, own / "one", own / "two")
+    assert "give --response-length" in line
+    flags = ["--response-length", 4, "--dataset", own / "none.jsonl"]
+    assert "none.jsonl: No such file" in refusal("compare", monkeypatch, capsys, own / "one", own / "two", *flags)
+    (own / "two" / "args.json").write_text("{")
+    assert "args.json: no valid JSON" in refusal("compare", monkeypatch, capsys, own / "two")
 
 
 # ---------------------------------------------------------------- plot.py

@@ -79,12 +79,16 @@ def test_shared_flags_agree_in_type_and_help():
         types = {script: FLAGS[script][flag].type for script in scripts}
         if flag == "num_samples":  # without samples, spr.py is supervised fine-tuning
             types.pop("spr")
-        if flag == "total_episodes":  # of pairs, --num-epochs passes by default
-            types |= {name: next(kind for kind in types[name].__args__ if kind is not type(None)) for name in PAIRS}
+        if flag == "total_episodes":  # None stands for --num-epochs passes over pairs or demonstrations
+            some = (*PAIRS, "spr")
+            types |= {name: next(kind for kind in types[name].__args__ if kind is not type(None)) for name in some}
         assert len(set(types.values())) == 1, flag
         helps = {help_of(flag, script) for script in scripts}
-        if flag in ("num_epochs", "beta"):  # over a rollout or over the data set; of a weight or of a log-ratio
-            assert len(helps) == 2
+        # total_episodes: spr.py has two defaults. num_epochs: over a rollout, over the data set, or by --num-samples.
+        # beta: of a weight or of a log-ratio.
+        several = dict(total_episodes=2, num_epochs=3, beta=2)
+        if flag in several:
+            assert len(helps) == several[flag]
         else:
             assert len(helps) == 1, helps
 

@@ -440,9 +440,12 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
             else:
                 powers = [float(weighting == "uniform" or reward == max(rewards)) for reward in rewards]
             weights.append([power / sum(powers) for power in powers])
-        optimizer = adamw(second.policy, RATE)  # each iteration is a fit of its own
+        is_one_fit = num_samples == 0  # over all updates; else each iteration is a fit of its own
+        if update == 1 or not is_one_fit:
+            optimizer = adamw(second.policy, RATE)
+        rates = RATES[2 * update - 2 : 2 * update] if is_one_fit else RATES
         losses, norms = [], []
-        for _ in range(epochs):
+        for _ in range(1 if is_one_fit else epochs):
             order = next(permutations)
             assert sorted(order) == list(range(BATCH))
             for part in (order[: BATCH // 2], order[BATCH // 2 :]):
@@ -453,7 +456,7 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
                         loss -= weight * logprobs.sum() / len(part)
                 loss.backward()
                 losses.append(loss.item())
-                norms.append(clipped_step(second.policy, optimizer, RATE * RATES[len(norms)], max_grad_norm))
+                norms.append(clipped_step(second.policy, optimizer, RATE * rates[len(norms)], max_grad_norm))
         everything = [row for group in groups for row in group]
         found = dict(
             gold_reward=mean(row.gold_reward for row in everything),
@@ -462,7 +465,7 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
             weight_ess=mean(1 / sum(weight**2 for weight in group) for group in weights),
             loss=mean(losses),
             grad_norm=mean(norms),
-            learning_rate=RATE * RATES[-1],
+            learning_rate=RATE * rates[-1],
         )
         if second.scored:
             found["reward"] = mean(row.reward for row in everything)

@@ -1,8 +1,8 @@
 """Makes everything else in this folder but the rule: questions, people who guess, a tokenizer and a policy.
 
-    python examples/guess_and_check/make.py     (the same data byte for byte; all of it in about two minutes)
+    python examples/guess_and_check/make.py     (the data is the same byte for byte; all of it takes about two minutes)
 
-Somebody who is asked "20 plus what is 28: " begins with any guess from 1 to 9 and counts up (1 comes after 9) until it
+Somebody who is asked "20 plus what is 28: " starts with any guess from 1 to 9 and counts up (1 comes after 9) until it
 is right or patience ends: "7+20=27, 8+20=28!" or "3+20=23?". Most people have patience for one guess. The policy learns
 to answer like them.
 """
@@ -69,7 +69,7 @@ def make_data() -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token is a number, or all that stands between two numbers."""
+    """A token is a number, or everything between two numbers."""
     tokens = ["<unk>", "<|endoftext|>", " plus what is ", ": ", "+", "=", ", ", "!", "?", *map(str, range(1, 79))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]+"), "isolated")
@@ -79,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_policy() -> None:
-    """Supervised fine-tuning on the demonstrations, by our script, from a model that has learned nothing yet."""
+    """Supervised fine-tuning of an untrained model on the demonstrations, by our script."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -88,8 +88,8 @@ def make_policy() -> None:
     shape["initializer_range"] = 0.1  # with GPT-2's 0.02 so few steps do not teach it to compare two numbers
     shape["activation_function"] = "gelu_pytorch_tanh"  # one kernel in place of the eight of GPT-2's gelu_new
     start = GPT2LMHeadModel(GPT2Config(**shape, **ids, **dropout))
-    flags = "--weighting uniform --num-samples 0 --total-episodes 7040 --batch-size 7040 --num-epochs 6"
-    flags += " --num-minibatches 220 --learning-rate 4e-3 --lr-schedule cosine --response-length 60 --eval-every 0"
+    flags = "--weighting uniform --num-samples 0 --num-epochs 6 --batch-size 320"
+    flags += " --num-minibatches 10 --learning-rate 4e-3 --lr-schedule cosine --response-length 60 --eval-every 0"
     with tempfile.TemporaryDirectory() as folder:
         start.save_pretrained(f"{folder}/start")
         tokenizer.save_pretrained(f"{folder}/start")

@@ -1,6 +1,6 @@
 """Makes everything else in this folder: a small world of movie reviews, a tokenizer, a policy and a reward model.
 
-    python examples/reviews/make.py     (the same data byte for byte; all of it in about two minutes on two cores)
+    python examples/reviews/make.py     (the data is the same byte for byte; all of it takes about two minutes)
 
 A reviewer opens with a few words (the prompt) and goes on in a good, a bad or a mixed mood, in one to four sentences.
 The policy learns to go on in any mood; the reward model learns from noisy preferences which of two continuations is the
@@ -153,7 +153,7 @@ def config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> GPT2C
 
 
 def run_script(name: str, start: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, result: str, *flags: str) -> None:
-    """Runs a script of ours from a model that has learned nothing yet and takes the model that comes out."""
+    """Trains an untrained model by one of our scripts and keeps the trained one."""
     with tempfile.TemporaryDirectory() as folder:
         start.save_pretrained(f"{folder}/start")
         tokenizer.save_pretrained(f"{folder}/start")
@@ -167,8 +167,8 @@ def run_script(name: str, start: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> None:
     """Supervised fine-tuning on the demonstrations."""
     torch.manual_seed(0)
-    flags = "--weighting uniform --num-samples 0 --total-episodes 3600 --batch-size 3600 --num-epochs 8"
-    flags += " --num-minibatches 75 --micro-batch-size 48 --learning-rate 3e-3 --lr-schedule cosine --eval-every 0"
+    flags = "--weighting uniform --num-samples 0 --num-epochs 8 --batch-size 480"
+    flags += " --num-minibatches 10 --micro-batch-size 48 --learning-rate 3e-3 --lr-schedule cosine --eval-every 0"
     flags += " --max-prompt-length 48 --response-length 80 --dataset"
     start = GPT2LMHeadModel(config(tokenizer, width=96, layers=3))
     run_script("spr.py", start, tokenizer, "policy", *flags.split(), str(HERE / "demonstrations.jsonl"))
