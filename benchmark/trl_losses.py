@@ -5,7 +5,8 @@ In an environment of its own, with requirements.txt, accelerate and trl==1.16.0:
     python benchmark/trl_losses.py [--pairs 32]
 
 GRPO: one loss and its gradient, of the same completions, advantages, old and reference log-probabilities. TRL's dr_grpo
-also divides by the maximum length of a response, here ours is divided by it, too. DPO and reward model: the losses
+also divides by the maximum length of a response: here ours is divided by it, too. TRL multiplies k3 by the importance
+ratio (use_bias_correction_kl), which DeepSeekMath's eq. 4 does not: here it is off. DPO and reward model: the losses
 of six optimizer steps, each on all pairs. Appends to benchmark/results/losses.jsonl.
 """
 
@@ -120,6 +121,7 @@ def compare_grpo(variant, loss_type) -> None:
 
     texts = datasets.Dataset.from_dict(dict(prompt=["a"] * rows))
     more = dict(per_device_train_batch_size=rows, num_generations=4, max_completion_length=width, beta=BETA)
+    more |= dict(use_bias_correction_kl=False)  # else TRL multiplies k3 by the importance ratio
     trainer = trl.GRPOTrainer(
         model=policy,
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
