@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 EXAMPLE_DATA = ["--dataset", EXAMPLE / "prompts.jsonl", "--eval-dataset", EXAMPLE / "prompts_test.jsonl"]
 EXAMPLE_DATA += ["--reward-model", EXAMPLE / "reward_model"]  # to be named beside a model of one's own
 EXAMPLE_PAIRS = ["--dataset", EXAMPLE / "preferences.jsonl"]
-SCRIPTS = ("remax", "reinforce", "ppo", "spr", "spr_token", "reward_model", "dpo")
+SCRIPTS = ("remax", "reinforce", "ppo", "grpo", "spr", "spr_token", "reward_model", "dpo")
 PAIRS = ("reward_model", "dpo")  # those that learn from preferences
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()

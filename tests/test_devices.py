@@ -157,6 +157,7 @@ OWN_FLAGS = dict(
     remax="--num-samples 2",
     reinforce="--baseline leave-one-out --num-samples 2",
     ppo="--num-epochs 2 --num-minibatches 2 --gradient-checkpointing",
+    grpo="--num-samples 2 --num-epochs 2 --num-minibatches 2",
     spr="--num-samples 2 --num-minibatches 2",
     spr_token="--num-samples 2 --num-minibatches 1 --num-epochs 1 --value-epochs 1",
     reward_model="",

@@ -217,6 +217,7 @@ OWN = dict(
     remax="--total-episodes 40 --response-length 8 --num-samples 2",
     reinforce="--total-episodes 40 --response-length 8 --num-samples 2 --baseline leave-one-out",
     ppo="--total-episodes 40 --response-length 8 --num-epochs 2",
+    grpo="--total-episodes 24 --response-length 8 --num-samples 4 --num-epochs 2 --num-minibatches 2",
     spr="--total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
     spr_token="""
         --total-episodes 16 --response-length 8 --num-samples 1 --num-minibatches 1 --num-epochs 2
@@ -252,7 +253,7 @@ def on_one_rank(script):
 @pytest.mark.parametrize("offload", [False, True])
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
-    stages, more = ((1, 3, 2, 3, 2, 2, 3), "--offload") if offload else ((3, 1, 2, 0, 3, 0, 2), "")
+    stages, more = ((1, 3, 2, 3, 3, 2, 2, 3), "--offload") if offload else ((3, 1, 2, 2, 0, 3, 0, 2), "")
     cells = [(script, stage, 3) for script, stage in zip(SCRIPTS, stages, strict=True)]
     cases = [case(script, tmp_path / "two", stage, micro, more=more) for script, stage, micro in cells]
     results = forked(run_all, cases, ranks=2)

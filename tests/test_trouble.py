@@ -14,6 +14,7 @@ FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".
 MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two engines like ppo.py: to save time
 ROLLOUTS = [script for script in SCRIPTS if script not in PAIRS]
 OWN = dict(ppo=["--num-epochs", "1"], spr="--num-epochs 1 --num-minibatches 1 --num-samples 3".split())
+OWN["grpo"] = ["--num-samples", "2"]
 OWN["spr_token"] = "--num-epochs 1 --num-minibatches 1 --num-samples 1 --value-epochs 1".split()
 
 
@@ -128,7 +129,8 @@ def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenize
     model = common.load_policy(str(EXAMPLE / "policy"), tokenizer, sampling, start_backend())
     logprobs = model(ids, torch.ones_like(ids), torch.full_like(ids, tokenizer.eos_token_id))
     # ReMax: the greedy response is the same one. PPO: equal advantages are whitened to 0. SPR: weights sum to 1.
-    factor = dict(remax=0, reinforce=2, ppo=0, spr=1)[script]
+    # GRPO: rewards equal their mean, and the policy is still the reference.
+    factor = dict(remax=0, reinforce=2, ppo=0, grpo=0, spr=1)[script]
     (-factor * logprobs.mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(found["gradients"][0], expected, rtol=1e-4, atol=1e-6)
