@@ -121,7 +121,7 @@ class Args:
     num_epochs: PositiveInt = 4
     """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 1
-    """Optimizer steps per pass; each takes an equal share of the prompts."""
+    """Optimizer steps per pass; each takes an equal share of the responses."""
     clip_range: PositiveFloat = 0.2
     """How far an importance ratio may leave 1 before moving further earns nothing."""
     clip_range_value: PositiveFloat = 0.2

@@ -268,6 +268,7 @@ def main() -> None:
             reward=rewards_B,
             reward_std=rewards_B.new_tensor(common.gather_rows(rewards_B.tolist())).std(correction=0),
             baseline_reward=baselines_B,
+            tied_fraction=rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4,  # these teach nothing
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),
@@ -277,7 +278,7 @@ def main() -> None:
         if args.gold_reward_function:
             means["gold_reward"] = rewards["gold_reward"](sampled)
         if args.baseline == "none":
-            del means["baseline_reward"]
+            del means["baseline_reward"], means["tied_fraction"]
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

@@ -121,7 +121,7 @@ class Args:
     num_epochs: PositiveInt = 2
     """Passes over the responses of an update; with --num-samples 0 over the data set."""
     num_minibatches: PositiveInt = 4
-    """Optimizer steps per pass; each takes an equal share of the prompts."""
+    """Optimizer steps per pass; each takes an equal share of the responses."""
     completion_column: str = "completion"
     """Column that holds demonstrations, as texts or as chat messages; where the data has none, none are used."""
 

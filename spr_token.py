@@ -134,7 +134,7 @@ class Args:
     num_epochs: PositiveInt = 2
     """Passes over the responses of an update."""
     num_minibatches: PositiveInt = 4
-    """Optimizer steps per pass; each takes an equal share of the prompts."""
+    """Optimizer steps per pass; each takes an equal share of the responses."""
     value_epochs: PositiveInt = 2
     """Passes of the value model over an update's responses, each in --num-samples times as many steps as a policy's."""
     value_learning_rate: PositiveFloat = 1e-3

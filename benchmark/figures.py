@@ -236,12 +236,39 @@ def guess_and_check():
     return figure
 
 
+def which_kl():
+    """Cosine and length of each penalty's expected gradient beside the true one, over the distance."""
+    styles = {
+        "k1 in the reward": dict(color="#000000", linestyle="-", marker="o"),
+        "k2 in the loss": dict(color="#2f5fa8", linestyle="--", marker=""),
+        "k3 × ratio in the loss": dict(color="#2f5fa8", linestyle="", marker="s", markerfacecolor="white"),
+        "k3 in the loss": dict(color="#c0182a", linestyle="-.", marker="v"),
+        "k1 in the loss": dict(color="#888888", linestyle=":", marker="x"),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for name, style in styles.items():
+        rows = [row for row in read("which_kl.jsonl") if row["method"] == name]
+        for axis, key in zip(axes, ("cosine", "length"), strict=True):
+            shown = [row for row in rows if row[key] is not None]  # a gradient of 0 has no direction
+            x = [row["kl"] for row in shown]
+            axis.plot(x, [row[key] for row in shown], label=name, linewidth=1.3, markersize=4.5, **style)
+    axes[0].set_title("cosine with the gradient of KL(π ‖ π_ref)", fontsize=9)
+    axes[1].set_title("length, relative to that gradient", fontsize=9)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("KL(π ‖ π_ref), nats", fontsize=8)
+    axes[1].legend(fontsize=7)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
     figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory())
     figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
+    figures["which_kl"] = which_kl()
     figures["frontier"] = frontier("reviews", "gold reward (−1 to 1)")
     figures["frontier_rule"] = frontier("rule", "share of right answers")
     figures["frontier_imdb"] = frontier("imdb", "counted sentiment")

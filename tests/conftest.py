@@ -57,6 +57,13 @@ ENTRIES = [
     Script("reinforce", data="prompts", busy="--num-samples 2 --baseline leave-one-out"),
     Script("ppo", data="prompts", one_step="--num-epochs 1", busy="--num-epochs 2", models=2),
     Script(
+        "grpo",
+        data="prompts",
+        one_step="--num-samples 2",
+        busy="--num-samples 4 --num-epochs 2 --num-minibatches 2",
+        busy_episodes=24,
+    ),
+    Script(
         "spr",
         data="prompts",
         one_step="--num-epochs 1 --num-minibatches 1 --num-samples 3",

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import statistics
 import textwrap
 import types
 
@@ -11,6 +12,7 @@ import torch
 from conftest import start_backend
 
 import dpo
+import grpo
 import ppo
 import reinforce
 import remax
@@ -100,7 +102,7 @@ def step_4(script, **names) -> dict:
     return variables
 
 
-def rollouts(num_samples: int):
+def rollouts(num_samples: int, kl_coef: float = 0.3):
     """Two policies; each possible tuple of samples of a policy is a prompt of its own, with adjacent rows.
 
     -> (policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, greedy_rewards_P, probabilities_B, objective_value)
@@ -112,7 +114,7 @@ def rollouts(num_samples: int):
     for seed, policy in enumerate(policies):
         rewards_S = draw(len(SENTENCES), seed=5 + seed)
         logprobs_ST = policy.logprobs(-5.0)
-        objective_value = objective_value + objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef=0.3)
+        objective_value = objective_value + objective(logprobs_ST, ref_logprobs_ST, rewards_S, kl_coef)
         probabilities_P = probabilities(logprobs_ST).detach()[tuples_PN].prod(1)
         greedy_rewards_P = rewards_S[policy.greedy()].expand(len(tuples_PN))
         part = (logprobs_ST[rows_B], ref_logprobs_ST[rows_B], MASK_ST[rows_B], rewards_S[rows_B], greedy_rewards_P)
@@ -234,11 +236,14 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         lambda logprobs, advantages, mask: remax.policy_loss(logprobs, advantages, mask, 3),
         lambda logprobs, advantages, mask: reinforce.policy_loss(logprobs, advantages, mask, 3),
         lambda logprobs, advantages, mask: ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
+        lambda logprobs, advantages, mask: grpo.policy_loss(
+            logprobs, advantages, -advantages, advantages[:, 0], mask, 0.1, 0.2, torch.ones(5)
+        ),
         lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),
         lambda logprobs, advantages, mask: spr_token.value_loss(two_heads(logprobs), advantages, mask, 0.7, 3),
     ],
-    ids="remax reinforce ppo values spr token-values".split(),
+    ids="remax reinforce ppo grpo values spr token-values".split(),
 )
 def test_masked_entries_of_no_input_of_a_loss_matter(loss):
     _, _, logprobs, advantages, mask = batch()
@@ -266,6 +271,8 @@ def test_types_follow_the_first_argument():
     assert remax.policy_loss(half, found, mask.double(), 3).dtype == torch.bfloat16
     assert ppo.policy_loss(half, logprobs, found, mask.double(), 0.2, 3).dtype == torch.bfloat16
     assert ppo.value_loss(half, logprobs, logprobs, mask.double(), 0.2, 3).dtype == torch.bfloat16
+    inputs = (half, logprobs, logprobs, rewards.double(), mask.double(), 0.1, 0.2, rewards.double())
+    assert grpo.policy_loss(*inputs).dtype == torch.bfloat16
     assert spr.weighted_nll(half, rewards.double(), mask.double(), 3).dtype == torch.bfloat16
 
 
@@ -376,6 +383,116 @@ def test_whitening_counts_real_tokens_only():
     assert real.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert (white[mask == 0] == 0).all()
     assert (ppo.whiten(torch.ones(4, 6), mask) == 0).all()  # no spread: no NaN
+
+
+# ---------------------------------------------------------------- grpo.py
+
+
+def test_advantages_compare_the_responses_to_a_prompt():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    assert grpo.advantages(rewards, 3, "dr-grpo").tolist() == [-2, -1, 3, 0, 0, 0]
+    spread = math.sqrt(14 / 3) + 1e-4
+    expected = [-2 / spread, -1 / spread, 3 / spread, 0, 0, 0]
+    assert grpo.advantages(rewards, 3, "grpo").tolist() == pytest.approx(expected, rel=1e-12)
+    assert not grpo.advantages(rewards.requires_grad_(), 3, "grpo").requires_grad
+
+
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_without_divisions_the_expected_gradient_is_the_true_one_but_for_a_factor(num_samples):
+    """Since the mean holds the own reward: (N − 1) / N."""
+    policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, value = rollouts(num_samples, kl_coef=0)
+    loss = grpo.policy_loss(
+        logprobs_BT,
+        logprobs_BT.detach(),
+        ref_logprobs_BT,
+        grpo.advantages(rewards_B, num_samples, "dr-grpo"),
+        mask_BT,
+        beta=0.0,
+        clip_range=0.2,
+        weights_B=weights_B / num_samples,
+    )
+    assert_unbiased(policies, loss * num_samples / (num_samples - 1), value)
+
+
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_with_divisions_the_expected_gradient_is_its_own_closed_form(num_samples):
+    """Σ_y π(y) E[A of y among N − 1 others] ∇ (mean of log π over the tokens of y)."""
+    policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, _ = rollouts(num_samples)
+    loss = grpo.policy_loss(
+        logprobs_BT,
+        logprobs_BT.detach(),
+        ref_logprobs_BT,
+        grpo.advantages(rewards_B, num_samples, "grpo"),
+        mask_BT,
+        beta=0.0,
+        clip_range=0.2,
+        weights_B=weights_B / num_samples / mask_BT.sum(1),
+    )
+    expected = 0.0
+    for seed, policy in enumerate(policies):
+        rewards = draw(len(SENTENCES), seed=5 + seed).tolist()
+        logprobs_ST = policy.logprobs(0.0)
+        chances = probabilities(logprobs_ST).tolist()
+        for i in range(len(SENTENCES)):
+            advantage = 0.0
+            for others in itertools.product(range(len(SENTENCES)), repeat=num_samples - 1):
+                group = [rewards[i]] + [rewards[j] for j in others]
+                relative = (rewards[i] - statistics.fmean(group)) / (statistics.pstdev(group) + 1e-4)
+                advantage += math.prod(chances[j] for j in others) * relative
+            expected = expected + chances[i] * advantage * logprobs_ST[i].sum() / len(SENTENCES[i])
+    assert_unbiased(policies, loss, expected)
+
+
+def test_on_policy_the_penalty_has_the_gradient_of_the_forward_kl_of_each_token():
+    policy, reference = Language(0), Language(1)
+    logprobs_ST, ref_logprobs_ST = policy.logprobs(-5.0), reference.logprobs(9.0)
+    weights_S = probabilities(logprobs_ST).detach()
+    nothing_S = torch.zeros_like(weights_S)
+    inputs = (logprobs_ST, logprobs_ST.detach(), ref_logprobs_ST, nothing_S, MASK_ST)
+    loss = grpo.policy_loss(*inputs, beta=0.7, clip_range=0.2, weights_B=weights_S)
+    forward_kl = 0.0
+    for row, context in enumerate(policy.contexts):
+        passes = torch.tensor([sentence[: len(context)] == context for sentence in SENTENCES])
+        ref_logprobs_W = reference.logits[row].detach().log_softmax(0)
+        log_ratios_W = ref_logprobs_W - policy.logits[row].log_softmax(0)
+        forward_kl = forward_kl + weights_S[passes].sum() * (ref_logprobs_W.exp() * log_ratios_W).sum()
+    assert_unbiased([policy], loss, -0.7 * forward_kl)
+
+
+def test_the_penalty_on_a_token_is_never_steeper_than_beta():
+    logprobs = torch.full((1, 2), -1.0, dtype=torch.float64).requires_grad_()
+    far = torch.tensor([[-1.7, -40.0]], dtype=torch.float64)
+    loss = grpo.policy_loss(logprobs, logprobs, far, torch.zeros(1), torch.ones(1, 2), 0.3, 0.2, torch.ones(1))
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient[0].tolist() == pytest.approx([0.3 * (1 - math.exp(-0.7)), 0.3])
+
+
+def test_clipping_and_the_penalty_match_a_slow_reference_and_add_up():
+    advantages, weights, noise, old_logprobs, mask = batch()
+    generator = torch.Generator().manual_seed(5)
+    ref_logprobs = old_logprobs + torch.randn(mask.shape, generator=generator)
+    logprobs = (old_logprobs + 0.5 * noise).requires_grad_()
+    expected, slopes = 0.0, torch.zeros(mask.shape)
+    clipped = 0
+    for i, t in mask.nonzero().tolist():
+        ratio, a = (logprobs[i, t] - old_logprobs[i, t]).exp().item(), advantages[i].item()
+        distance = (ref_logprobs[i, t] - logprobs[i, t]).item()
+        objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a) - 0.3 * (math.exp(distance) - 1 - distance)
+        expected -= weights[i].item() * objective
+        stopped = a > 0 and ratio > 1.2 or a < 0 and ratio < 0.8
+        clipped += stopped
+        slopes[i, t] = -weights[i] * ((0 if stopped else ratio * a) - 0.3 * (1 - math.exp(distance)))
+    assert 0 < clipped < mask.sum()
+
+    def loss(rows):
+        inputs = (logprobs[rows], old_logprobs[rows], ref_logprobs[rows], advantages[rows], mask[rows])
+        return grpo.policy_loss(*inputs, beta=0.3, clip_range=0.2, weights_B=weights[rows])
+
+    whole = loss(slice(None))
+    assert whole.item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(whole, logprobs)
+    torch.testing.assert_close(gradient, slopes, rtol=1e-4, atol=1e-6)
+    assert sum(loss(slice(i, i + 2)).item() for i in (0, 2, 4)) == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------- spr.py

@@ -98,6 +98,13 @@ WRONG_FLAGS = {  # script: flags | what is said
     "ppo": """
         --num-minibatches 5 | (times --num-minibatches)
         --response-length 65 | is more than the 128 positions of""",
+    "grpo": """
+        --num-samples 1 | --num-samples 1: the rewards of a prompt's responses are compared
+        --num-minibatches 5 | (times --num-minibatches)
+        --beta -1 | beta
+        --variant rloo | variant
+        --kl-coef 0.1 | kl-coef
+        --gamma 1 | gamma""",
     "spr": """
         --num-samples 0 | 'completion'
         --offload | needs --zero-stage 1, 2 or 3

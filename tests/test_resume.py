@@ -125,6 +125,7 @@ def test_remax_on_two_ranks_with_zero_2(tmp_path):
 OTHERS = dict(
     reinforce="in a file",
     ppo="before latest",
+    grpo="after latest",
     spr="in an update",
     spr_token="in an update",
     reward_model="after latest",

@@ -184,6 +184,7 @@ def shifted(prompts, responses, **columns):
 def test_reinforce_and_ppo_learn(tmp_path):
     cases = dict(plain=["reinforce.py"], loo=["reinforce.py", "--baseline", "leave-one-out", "--num-samples", "2"])
     cases |= dict(ppo=["ppo.py", "--num-epochs", "2"])
+    cases |= dict(group=["grpo.py", "--num-samples", "4"])
     flags = [[*case, *LEARN, "--output-dir", tmp_path / name] for name, case in cases.items()]
     for result in together(run_script, *flags):
         assert_ok(result)
@@ -191,6 +192,7 @@ def test_reinforce_and_ppo_learn(tmp_path):
     assert "baseline_reward" not in read_metrics(tmp_path / "plain")[-1]
     last = read_metrics(tmp_path / "loo")[-1]
     assert last["baseline_reward"] == pytest.approx(last["reward"])
+    assert learned(tmp_path / "group", 1.0)
     last = read_metrics(tmp_path / "ppo")[-1]
     assert last["approx_kl"] > 0 and 0 <= last["clip_fraction"] < 0.5 and last["value_loss"] > 0
 
@@ -199,6 +201,29 @@ def test_ppo_with_one_step_per_rollout_has_ratio_one(tmp_path):
     assert run_here("ppo", *TINY, "--num-epochs", 1, "--micro-batch-size", 3, "--output-dir", tmp_path / "r") == 0
     for row in read_metrics(tmp_path / "r")[1:]:
         assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0 and abs(row["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("script, more", [("grpo", []), ("reinforce", ["--baseline", "leave-one-out"])])
+def test_prompts_whose_responses_have_one_reward_are_counted(tmp_path, script, more):
+    """Of each four prompts one is such a prompt; the rewards of its responses differ by rounding."""
+    lines = [json.dumps(dict(prompt=text, tied=text == " the")) for text in (" the", " a movie", " plot", " actor")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    (tmp_path / "f.py").write_text("""
+def reward(prompts, responses, tied):
+    sizes = [sum(map(ord, response)) for response in responses]
+    return [5 + 1e-9 * size if same else size / 1000 for size, same in zip(sizes, tied)]
+""")
+    flags = ["--dataset", tmp_path / "p.jsonl", "--reward-function", f"{tmp_path / 'f.py'}:reward", "--eval-every", 0]
+    flags += "--batch-size 4 --total-episodes 8 --num-samples 4 --response-length 8".split()
+    assert run(script, [*flags, *more, "--output-dir", tmp_path / "r"], fixed=True)["status"] == 0
+    assert [row["tied_fraction"] for row in read_metrics(tmp_path / "r")] == [0.25, 0.25]
+
+
+def test_grpo_with_one_step_per_rollout_has_ratio_one(tmp_path):
+    flags = "--num-samples 3 --variant dr-grpo --beta 0 --micro-batch-size 5 --response-length 6".split()
+    assert run_here("grpo", *TINY, *flags, "--output-dir", tmp_path / "r") == 0
+    for row in read_metrics(tmp_path / "r")[1:]:
+        assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
 
 
 def test_a_value_model_starts_from_the_reward_model_if_the_tokenizers_agree():

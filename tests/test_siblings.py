@@ -45,6 +45,8 @@ def names_in(text: str) -> set[str]:
     [
         ("remax", "reinforce", 60),
         ("remax", "ppo", 170),
+        ("reinforce", "grpo", 165),
+        ("ppo", "grpo", 159),
         ("remax", "spr", 218),
         ("spr", "spr_token", 235),
         ("reward_model", "dpo", 110),
@@ -79,24 +81,28 @@ def test_shared_flags_agree_in_type_and_help():
         types = {script: FLAGS[script][flag].type for script in scripts}
         if flag == "num_samples":  # without samples, spr.py is supervised fine-tuning
             types.pop("spr")
+        if flag == "beta":  # a weight, which may be 0; elsewhere it is a temperature
+            types.pop("grpo")
         if flag == "total_episodes":  # None stands for --num-epochs passes over pairs or demonstrations
             some = (*PAIRS, "spr")
             types |= {name: next(kind for kind in types[name].__args__ if kind is not type(None)) for name in some}
         assert len(set(types.values())) == 1, flag
         helps = {help_of(flag, script) for script in scripts}
         # total_episodes: spr.py has two defaults. num_epochs: over a rollout, over the data set, or by --num-samples.
-        # beta: of a weight or of a log-ratio.
-        several = dict(total_episodes=2, num_epochs=3, beta=2)
+        # beta: of a weight, of a log-ratio, of a penalty.
+        several = dict(total_episodes=2, num_epochs=3, beta=3)
         if flag in several:
             assert len(helps) == several[flag]
         else:
             assert len(helps) == 1, helps
 
 
-@pytest.mark.parametrize("script", ["reinforce", "ppo"])
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo"])
 def test_shared_flags_have_the_same_defaults_in_the_same_order(script):
     own = {"num_samples"}  # of remax.py
     shared = [flag for flag in FLAGS["remax"] if flag not in own]
+    if script == "grpo":
+        shared = [flag for flag in shared if flag not in ("kl_coef", "gamma")]  # its penalty is in the loss
     assert list(FLAGS[script])[: len(shared)] == shared  # the algorithm's own come last
     for flag in shared:
         assert FLAGS[script][flag].default == FLAGS["remax"][flag].default, flag
@@ -107,6 +113,9 @@ def test_flags_come_in_the_same_order_everywhere():
         shared = [flag for flag in FLAGS["remax"] if flag in FLAGS[script]]
         assert [flag for flag in FLAGS[script] if flag in shared] == shared
     assert FLAGS["remax"].keys() - FLAGS["spr"].keys() == {"kl_coef", "gamma"}
+    own = {"num_samples", "variant", "beta", "num_epochs", "num_minibatches", "clip_range"}
+    assert FLAGS["grpo"].keys() - FLAGS["reinforce"].keys() == own - {"num_samples"}
+    assert set(list(FLAGS["grpo"])[-len(own) :]) == own
     assert FLAGS["spr"].keys() - FLAGS["spr_token"].keys() == {"weighting", "completion_column"}
     more = {"gamma", "td_lambda", "value_learning_rate", "value_epochs"}
     assert FLAGS["spr_token"].keys() - FLAGS["spr"].keys() == more
@@ -117,7 +126,7 @@ def test_flags_come_in_the_same_order_everywhere():
 
 
 SECTIONS = [
-    ("        metrics = dict(episodes", "        if eval_prompts and (update % args", "reinforce ppo"),
+    ("        metrics = dict(episodes", "        if eval_prompts and (update % args", "reinforce ppo grpo"),
     ("        if eval_prompts and (update % args", "\n    # 7. Save", " ".join(ROLLOUTS[1:])),
     ("    # 7. Save, and check", "\nif __name__", " ".join(ROLLOUTS[1:])),
 ]
@@ -146,7 +155,7 @@ def test_the_same_numbered_steps_in_the_same_order():
 def test_no_identifier_carries_the_name_of_an_algorithm():
     for name, source in SOURCES.items():
         code = re.sub(r'r?"""[\s\S]*?"""|#.*|"[^"\n]*"', "", source)
-        assert not re.findall(r"\b\w*(?:remax|reinforce|ppo|spr|dpo)\w*\b", code, re.I), name
+        assert not re.findall(r"\b\w*(?:remax|reinforce|grpo|ppo|spr|dpo)\w*\b", code, re.I), name
 
 
 def test_the_paper_claims_that_ppo_has_more_than_four_hyper_parameters_more():

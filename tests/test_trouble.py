@@ -101,7 +101,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
 
 
 # ReMax: the greedy response is the same one. PPO: equal advantages are whitened to 0. SPR: weights sum to 1.
-@pytest.mark.parametrize("script, factor", [("remax", 0), ("reinforce", 2), ("ppo", 0), ("spr", 1)])
+@pytest.mark.parametrize("script, factor", [("remax", 0), ("reinforce", 2), ("ppo", 0), ("grpo", 0), ("spr", 1)])
 def test_empty_responses_to_prompts_of_one_token(tmp_path, monkeypatch, tokenizer, script, factor):
     """Every response is EOS alone: one token that is sampled, rewarded and learned from like any other."""
     texts = [" the", " a", " movie", " plot"]

@@ -321,6 +321,10 @@ def test_remax_and_reinforce(tmp_path, data, script, more, num_samples):
         found = second.rollout_metrics(rows, [logprob.detach() for logprob in logprobs]) | dict(loss=loss.item())
         if script == "remax" or num_samples > 1:
             found["baseline_reward"] = mean(baselines)
+        if script == "reinforce" and num_samples > 1:
+            groups = [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
+            spreads = [statistics.pstdev(row.reward for row in group) for group in groups]
+            found["tied_fraction"] = mean(spread < 1e-4 for spread in spreads)
         found["learning_rate"] = RATE * RATES[update - 1]
         found["grad_norm"] = clipped_step(policy, optimizer, found["learning_rate"], 10)
         metrics.append(second.evaluated(found, update, UPDATES))
@@ -398,6 +402,60 @@ def test_ppo(tmp_path, data):
     assert_agree(recorded, metrics, second.samples, policy.state_dict())
     trained = dict(recorded.engines[1].module.model.named_parameters())
     assert_equal_training(trained, value.state_dict(), VALUE_RATE)
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dr-grpo"])
+def test_grpo(tmp_path, data, variant):
+    epochs, minibatches, clip, beta, samples, max_grad_norm = 2, 2, 0.05, 0.3, 3, 0.5
+    flags = f"--num-epochs {epochs} --num-minibatches {minibatches} --clip-range {clip} --beta {beta}".split()
+    flags += f"--num-samples {samples} --variant {variant} --total-episodes {UPDATES * BATCH}".split()
+    flags += [*ROLLOUT_FLAGS, *data[1], "--max-grad-norm", max_grad_norm]
+    recorded = record("grpo", flags, tmp_path / "r")
+    second = Second(recorded, data[0])
+    policy, optimizer = second.policy, adamw(second.policy, RATE)
+    permutations = iter(recorded.permutations)
+    metrics = [second.evaluated({}, 0, UPDATES)]
+    for update in range(1, UPDATES + 1):
+        rows, advantages, tied = [], [], []
+        for prompt, responses, greedy in second.batch():
+            assert len(responses) == samples and greedy is None
+            group = [second.row(prompt, response) for response in responses]
+            rewards = [row.reward for row in group]
+            spread = statistics.pstdev(rewards)
+            divisor = spread + 1e-4 if variant == "grpo" else 1
+            advantages += [(reward - statistics.fmean(rewards)) / divisor for reward in rewards]
+            tied.append(spread < 1e-4)
+            rows += group
+        with torch.no_grad():
+            old_logprobs = [second.logprobs(policy, row.prompt, row.response) for row in rows]
+
+        losses, norms, clipped, kls = [], [], [], []
+        for _ in range(epochs):
+            order = next(permutations)
+            assert sorted(order) == list(range(BATCH * samples))
+            half = len(order) // minibatches
+            for part in (order[:half], order[half:]):
+                loss = 0.0
+                for i in part:
+                    logprobs = second.logprobs(policy, rows[i].prompt, rows[i].response)
+                    ratios = (logprobs - old_logprobs[i]).exp()
+                    bounded = ratios.clamp(1 - clip, 1 + clip)
+                    gains = torch.minimum(ratios * advantages[i], bounded * advantages[i])
+                    distances = rows[i].ref_logprobs - logprobs
+                    gains = gains - beta * (distances.exp() - 1 - distances)
+                    loss -= (gains.mean() if variant == "grpo" else gains.sum()) / len(part)
+                    clipped += [float(abs(ratio - 1) > clip) for ratio in ratios.tolist()]
+                    kls += [ratio - 1 - math.log(ratio) for ratio in ratios.tolist()]
+                loss.backward()
+                norms.append(clipped_step(policy, optimizer, RATE * RATES[update - 1], max_grad_norm))
+                losses.append(loss.item())
+        found = second.rollout_metrics(rows, old_logprobs) | dict(loss=mean(losses), tied_fraction=mean(tied))
+        found |= dict(clip_fraction=mean(clipped), approx_kl=mean(kls))
+        found |= dict(learning_rate=RATE * RATES[update - 1], grad_norm=mean(norms))
+        metrics.append(second.evaluated(found, update, UPDATES))
+    assert len(second.rollouts) == 1 and not list(permutations)
+    assert_telling(metrics, max_grad_norm, ("kl", "truncated_fraction", "clip_fraction"))
+    assert_agree(recorded, metrics, second.samples, policy.state_dict())
 
 
 @pytest.mark.parametrize(
