@@ -248,6 +248,32 @@ def test_one_saved_weight_that_is_off_by_a_step_is_found(tmp_path, tokenizer, ze
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.parametrize("parameters, threads", [(10**5, 4), (30 * 10**6, 30), (10**9, 64)])
+def test_a_small_model_gets_few_of_many_threads(monkeypatch, parameters, threads):
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    model = torch.nn.Linear(parameters // 100, 100, bias=False, device="meta")
+    common.limit_threads(model)
+    assert used == []  # OMP_NUM_THREADS is set, by conftest.py
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    common.limit_threads(model)
+    assert used == [threads]
+
+
+@pytest.mark.parametrize(
+    "own, spins",
+    [({}, "1000"), (dict(GOMP_SPINCOUNT="77"), "77"), (dict(OMP_WAIT_POLICY="PASSIVE"), "0")],
+)
+def test_waiting_threads_spin_for_a_short_time(own, spins):
+    """The threads' library itself says what it has read."""
+    environment = script_environment() | dict(OMP_DISPLAY_ENV="verbose")
+    environment.pop("GOMP_SPINCOUNT", None)  # of this process, which has imported common
+    command = [sys.executable, "-c", "import common"]
+    result = subprocess.run(command, cwd=ROOT, env=environment | own, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
+
+
 def test_learning_rate_schedules():
     rates = lambda schedule, warmup: [common.scheduled(2.0, schedule, warmup, u, 10) for u in range(1, 11)]  # noqa: E731
     assert rates("constant", 0) == [2.0] * 10
