@@ -91,7 +91,7 @@ def test_a_reader_soon_knows_all_about_one_script():
         ("remax", "ppo", 170),
         ("remax", "spr", 218),
         ("spr", "spr_token", 235),
-        ("reward_model", "dpo", 110),
+        ("reward_model", "dpo", 111),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):
