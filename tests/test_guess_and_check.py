@@ -20,7 +20,7 @@ def rows_of(name: str) -> list[dict]:
 
 
 def rule():
-    return common.function_from_file(f"{EXAMPLE / 'rule.py'}:reward")
+    return common.UserFunction(f"{EXAMPLE / 'rule.py'}:reward").function
 
 
 def test_the_data_is_what_make_writes_and_the_policy_is_small(tmp_path):

@@ -49,7 +49,7 @@ def names_in(text: str) -> set[str]:
         ("ppo", "grpo", 159),
         ("remax", "spr", 218),
         ("spr", "spr_token", 235),
-        ("reward_model", "dpo", 110),
+        ("reward_model", "dpo", 111),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):
