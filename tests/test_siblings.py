@@ -89,9 +89,9 @@ def test_a_reader_soon_knows_all_about_one_script():
     [
         ("remax", "reinforce", 60),
         ("remax", "ppo", 170),
-        ("remax", "spr", 218),
-        ("spr", "spr_token", 235),
-        ("reward_model", "dpo", 110),
+        ("remax", "spr", 228),
+        ("spr", "spr_token", 241),
+        ("reward_model", "dpo", 113),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):
