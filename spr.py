@@ -201,9 +201,11 @@ def main() -> None:
 
     def load_prompts(path):
         hub = (args.dataset_config, args.dataset_split)
-        columns = [args.completion_column]
-        prompts = common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length, columns, True)
-        return read_demonstrations(path, prompts, *columns, tokenizer, eos_ids, args.response_length)
+        column = args.completion_column
+        prompts = common.load_prompts(
+            path, hub, args.prompt_column, tokenizer, args.max_prompt_length, [column], may_lack_answers=True
+        )
+        return read_demonstrations(path, prompts, column, tokenizer, eos_ids, args.response_length)
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)

@@ -420,7 +420,7 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
 BAD = {
     "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
     "null_values.jsonl": ":3: 'chosen' is None",
-    "wrong_types.jsonl": ":6: 'prompt' is 42",
+    "wrong_types.jsonl": ":2: 'chosen' is ['a', 'list']",
     "chosen_equals_rejected_all.jsonl": "no pair is left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
 }
