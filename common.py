@@ -1779,7 +1779,7 @@ INPUTS = ("model", "dataset", "eval_dataset", "reward_model", "reward_function",
 # In a folder, such as a model's, these files matter. Others, such as a README, may come and go.
 INPUT_KINDS = ".json .jsonl .csv .parquet .arrow .safetensors .jinja .model .txt".split()
 # What the system, torch and safetensors say when a disk is full.
-DISK_IS_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter", "file write failed")
+DISK_IS_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter", "inline_container.cc", "iostream error")
 # Evaluations of which the greatest value is the best; of eval_loss it is the smallest.
 GREATEST_IS_BEST = ("reward", "win_rate", "win_rate_reference", "accuracy", "margin")
 
@@ -1871,7 +1871,7 @@ def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
         new = now.get(flag, {})
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                file = os.path.join(flags[flag], name).rstrip("/")
+                file = file_of(flags[flag]) / name
                 change = "has changed" if name in new and name in old else "is new" if name in new else "is missing"
                 fail(f"--resume {folder}: {file} {change} since the run began (--{flag.replace('_', '-')})")
 

@@ -23,6 +23,7 @@ from conftest import (
     start_backend,
     started,
 )
+from safetensors.torch import save_file
 from workers.script_worker import run, run_all
 
 import common
@@ -190,13 +191,13 @@ def full(path):
 
 
 def test_a_disk_that_is_full_while_metrics_are_written(tmp_path, capsys, monkeypatch):
-    write_beginning = common.Run.write_beginning
+    log = common.Run.log
 
-    def beginning(run):
-        write_beginning(run)
+    def log_to_a_full_disk(run, *args):
         full(run.folder / "metrics.jsonl")
+        log(run, *args)
 
-    monkeypatch.setattr(common.Run, "write_beginning", beginning)
+    monkeypatch.setattr(common.Run, "log", log_to_a_full_disk)
     assert run_here("remax", *SHORT, "--output-dir", tmp_path / "r") == 1
     assert "the disk is full" in only_line(capsys)
 
@@ -218,13 +219,10 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written_keeps_the_last_one(tm
 
 
 def test_a_disk_that_is_full_while_the_model_is_saved(tmp_path, capsys, monkeypatch):
-    save_and_check = common.save_and_check
+    def save_to_a_full_disk(model, folder):
+        save_file({"weight": common.torch.zeros(9)}, "/dev/full")
 
-    def save(engine, tokenizer, folder, *args):
-        full(folder.with_name("policy.tmp") / "model.safetensors")
-        save_and_check(engine, tokenizer, folder, *args)
-
-    monkeypatch.setattr(common, "save_and_check", save)
+    monkeypatch.setattr(common.transformers.PreTrainedModel, "save_pretrained", save_to_a_full_disk)
     assert run_here("remax", *SHORT, "--save-every", 1, "--output-dir", tmp_path / "r") == 1
     assert "the disk is full" in only_line(capsys)
     assert (tmp_path / "r" / "checkpoint" / "latest").read_text() == "2"
@@ -298,7 +296,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
     (tmp_path / "f.py").write_text(SLOW)
     flags = [*SHORT, "--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r"]
     with started(as_program, "remax.py", flags) as (process,):
-        while "0/2" not in process.err.read_text():
+        while not process.err.exists() or "0/2" not in process.err.read_text():
             time.sleep(0.05)
             assert process.exitcode is None, output_of([process])
         time.sleep(0.5)
