@@ -92,7 +92,7 @@ class Clock:
         self.seconds.append({part: torch.zeros(2, dtype=torch.float64) for part in PARTS})
 
     def wrap(self, owner, name: str, part: str | None = None) -> None:
-        """Counts owner.name as that part; without a part, as the reference if the module is frozen, else as training."""
+        """Counts owner.name as that part; without a part, as the reference if its module is frozen, else training."""
         function = getattr(owner, name)
 
         @functools.wraps(function)
