@@ -1,4 +1,4 @@
-"""The figures of the READMEs, drawn from the result files; nothing else here needs matplotlib.
+"""Draws the figures of the READMEs from the result files. Only this program needs matplotlib.
 
 python benchmark/figures.py [--folder benchmark/results]
 """
@@ -98,7 +98,7 @@ def memory():
 
 
 def first_run():
-    """Reward and gold reward in the README's first command: sampled responses of training, greedy held-out ones."""
+    """Reward and gold reward in the README's first command, of sampled responses and of greedy held-out ones."""
     rows = read("first_run.jsonl")[0]["metrics"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
     titles = dict(reward="reward, which is trained on", gold_reward="gold reward, the truth")
@@ -169,7 +169,7 @@ def frontier(task: str, gold: str):
 
 
 def samples():
-    """SPR and Best-of-N with 4, 8 and 16 samples per prompt beside DPO and PPO, by responses generated so far."""
+    """SPR and Best-of-N with 4, 8 and 16 samples per prompt, beside DPO and PPO, over generated responses."""
     runs = tuned_runs("reviews")
     lines = {"spr, N = 4": ("SPR, N = 4", "#b59ac9", "-", "v"), "spr": ("SPR, N = 8", "#6a2c91", "-", "P")}
     lines |= {"spr, N = 16": ("SPR, N = 16", "#2b0f3f", "-", "^")}
@@ -197,7 +197,7 @@ def samples():
 
 
 def over_optimisation():
-    """Gold reward against the reward that is trained on, along long runs, by the reward model's training pairs."""
+    """Gold reward against the trained-on reward in long runs, one panel per size of the reward model's training set."""
     sizes = {"300": "300 pairs", "1000": "1,000 pairs", "all": "all 2,083 pairs"}
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True, layout="constrained")
     for axis, (size, title) in zip(axes, sizes.items(), strict=True):
@@ -214,7 +214,7 @@ def over_optimisation():
 
 
 def guess_and_check():
-    """Success and length of the responses sampled in training on the second example: mean and range over seeds."""
+    """Success and length of the sampled responses while training on the second example: mean and range over seeds."""
     runs = {}
     for row in read("guess_and_check.jsonl"):
         runs.setdefault(row["method"], []).append(row.get("curve"))

@@ -18,8 +18,8 @@ def mean_of_others(x_B):
 def fitted_baselines(rewards_B, greedy_B):
     """c_i r̄_i + the mean over the other rows j of (r_j − c_i r̄_j) -> baselines_B.
 
-    c_i is the least-squares slope of the other rows' rewards r on their greedy rewards r̄, clipped to 0 … 1. Nothing
-    but r̄_i depends on row i, and r̄_i not on its sample, so the gradient stays unbiased.
+    c_i is the least-squares slope of the other rows' rewards r on their greedy rewards r̄, clipped to 0 … 1. Only r̄_i
+    belongs to row i, and it does not depend on the row's sample, so the gradient stays unbiased.
     """
     dtype = rewards_B.dtype
     rewards_B, greedy_B = rewards_B.double(), greedy_B.double()

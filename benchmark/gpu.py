@@ -1,4 +1,4 @@
-"""The results of gpu.sh beside the speed of the device itself.
+"""Compares the results of gpu.sh with the speed of the device itself.
 
     python benchmark/gpu.py benchmark/results/gpu.jsonl [--size 8192]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that one GPU can tell, in under ten minutes -> benchmark/results/gpu.jsonl and a table.
+# Measures all that we ask of one GPU, in under ten minutes -> benchmark/results/gpu.jsonl and a table.
 #
 #     PYTHON=.venv/bin/python TRL_PYTHON=trl/bin/python bash benchmark/gpu.sh
 #

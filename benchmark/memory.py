@@ -2,11 +2,11 @@
 
     python benchmark/memory.py [--scripts sft spr spr_token reinforce remax ppo reward_model dpo] [--repeats 1]
 
-Each script runs in a process of its own (step.py), three updates of two or more micro-batches on random weights, so
-that Adam's moments and accumulated gradients are alive; the reward model is as large as the policy. The arithmetic
+Each script runs in a process of its own (step.py) for three updates of two or more micro-batches on random weights, so
+that Adam's moments and accumulated gradients are in memory; the reward model is as large as the policy. The arithmetic
 counts resident bytes per parameter. A trained model has weights, gradients and Adam's two moments (float32: 4 + 4 + 8;
 bfloat16: 2 + 2 and 12 for float32 master weights and moments; during its step also a float32 copy of the gradients, 4);
-a frozen one has weights. It leaves out activations, the cache of a rollout, logits and the imports. Appends to
+a frozen one has weights alone. It leaves out activations, the cache of a rollout, logits and the imports. Appends to
 benchmark/results/memory.jsonl.
 """
 
@@ -47,7 +47,7 @@ def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int
     """Resident bytes on one device, per parameter of the policy.
 
     ZeRO shards optimizer state (stage 1), gradients (2) and weights (3); but rollouts gather the policy's weights.
-    Offloading leaves on the device no optimizer state, and one frozen model at a time. One model steps at a time.
+    With offload the device holds no optimizer state and one frozen model at a time. One model steps at a time.
     """
     trained, frozen = MODELS[script]
     weights, gradients, state, copy = (2, 2, 12, 4) if bf16 else (4, 4, 8, 0)

@@ -2,18 +2,18 @@
 
     python benchmark/step.py --script remax|reinforce|ppo|spr|spr_token|sft|reward_model|dpo --workload W1|W2 --steps 5
 
-It runs the script's own main() on random weights (or on the model that you name) with the end of text suppressed, so
-that all responses have full length, and takes the time inside the functions of common.py that main() calls. Then, in
-the same process, the floor: one decode loop with a cache, one forward of the reward model, one of the reference over
-response positions only, forward and backward and an optimizer step per epoch, each written with bare calls of
-transformers and torch, without masks, text or engine. `product_cpu_s`: the update's multiply-adds at the speed of a
+It runs the script's own main() on random weights (or on the model that you name) and times the functions of common.py
+that main() calls. No token ends a response, so all responses have full length. Then it measures the floor in the same
+process: one decode loop with a cache, one forward of the reward model, one of the reference over response positions
+only, and per epoch a forward, a backward and an optimizer step. Each is written with bare calls of transformers and
+torch, without masks, text or engine. `product_cpu_s`: the update's multiply-adds at the speed of a
 large matrix product, which nothing undercuts. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
 (`median_s`) on a GPU.
 
 An update of `spr` and `spr_token` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer
 step (two of spr_token.py's value model); scoring reads the reward model from disk. `sft` is spr.py on as many
-demonstrations; `reward_model` and `dpo` read a pair for each prompt. What dpo.py asks of its reference before the first
-update is not counted.
+demonstrations; `reward_model` and `dpo` read a pair for each prompt. dpo.py's forward of its reference comes before
+the first update and does not count.
 """
 
 import functools
@@ -67,7 +67,7 @@ class Args:
     flags: str = ""
     """Further flags of the script, as in --flags="--dtype bfloat16 --gradient-checkpointing"."""
     floor: bool = True
-    """Whether to measure the floor, too."""
+    """Measure the floor, too."""
     results: Path = RESULTS / "step.jsonl"
     """File that the result is appended to."""
 
@@ -92,7 +92,7 @@ class Clock:
         self.seconds.append({part: torch.zeros(2, dtype=torch.float64) for part in PARTS})
 
     def wrap(self, owner, name: str, part: str | None = None) -> None:
-        """Counts owner.name as that part; without a part: as the reference's if its module is frozen, else training."""
+        """Counts owner.name as that part; without a part, as the reference if its module is frozen, else training."""
         function = getattr(owner, name)
 
         @functools.wraps(function)
@@ -110,7 +110,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def steps(self) -> list[dict[str, torch.Tensor]]:
-        """(wall, CPU) seconds of each part; of all updates but the first, which warms up, and the last, which saves."""
+        """(wall, CPU) seconds of each part, without the first update, which warms up, and the last, which saves."""
         steps = []
         for i in range(1, len(self.starts) - 1):
             parts = self.seconds[i]
@@ -285,7 +285,7 @@ def main() -> None:
     response_length = args.response_length or response_length
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        dtype = "bfloat16" if "bfloat16" in args.flags else "float32"  # of what is saved: large models fill the disk
+        dtype = "bfloat16" if "bfloat16" in args.flags else "float32"  # of the saved models: large ones fill the disk
         if not args.model:
             workloads.save_policy(folder / "policy", kind, dtype, **shape)
         model = args.model or str(folder / "policy")

@@ -1,4 +1,4 @@
-"""One step of TRL's trainers on the work of step.py, for comparison; TRL is no dependency of this project.
+"""One step of TRL's trainers on the work of step.py, for comparison. This project does not depend on TRL.
 
 In an environment of its own, with torch and transformers as in requirements.txt, accelerate, datasets and trl==1.16.0
 (RLOO; for its former PPO trl==1.12.0, the last release that has it):
@@ -6,7 +6,7 @@ In an environment of its own, with torch and transformers as in requirements.txt
     python benchmark/trl_step.py rloo|ppo1|ppo4 W1|W2|G1|G2 [--steps 5] [--bf16]
 
 RLOO generates two responses per prompt, as many as ReMax, and trains on both. No gradient checkpointing, no text
-cleaning, the end of text suppressed, one optimizer step per batch and epoch. Appends to
+cleaning, no end of text, one optimizer step per batch and epoch. Appends to
 benchmark/results/peers.jsonl.
 """
 

@@ -57,7 +57,7 @@ class Args:
 
 
 def watch(task, path, numbers, script, *flags) -> None:
-    """The script's own run; at its evaluations of these numbers (or at all of them) a line to the file at `path`."""
+    """Runs the script; at its evaluations with these numbers, or at all if there are none, adds a line to `path`."""
     import common
 
     where = TASKS[task]
@@ -101,7 +101,7 @@ def watch(task, path, numbers, script, *flags) -> None:
             point = measure(policy, reference) | dict(cpu_seconds=before - kept["started"])
             append_row(path, {name: round(value, 4) for name, value in point.items()})
         kept["calls"] += 1
-        kept["started"] += time.process_time() - before  # measuring is no part of the run
+        kept["started"] += time.process_time() - before  # measuring does not count as the run's time
         return kept["rows"]
 
     common.evaluate = watched
@@ -197,7 +197,7 @@ def gold_at(points, kl) -> float:
 
 
 def lead(group, others) -> str:
-    """Of the mean gold reward at equal KL, with its standard error. The KL is the lower of the two mean final ones."""
+    """Difference of the mean gold rewards at equal KL, and its standard error. That KL is the lower mean final one."""
     kl = min(statistics.fmean(row["kl"] for row in rows) for rows in (group, others))
     golds = [[gold_at(row["points"], kl) for row in rows] for rows in (group, others)]
     error = sum(statistics.variance(values) / len(values) for values in golds) ** 0.5

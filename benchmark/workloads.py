@@ -1,4 +1,4 @@
-"""The work that benchmarks are measured on: random weights, random prompts of one length, one character per token.
+"""What the benchmarks compute: random weights, random prompts of one length, one character per token.
 
 Needs torch and transformers only, so that other libraries can be measured in an environment of their own. W1, W2 and
 M1 (for memory) fit a CPU; G1 to G3 are for a GPU. `tiny` is for tests.
@@ -33,7 +33,7 @@ WORKLOADS = {
 
 
 def character_tokenizer(vocab_size: int, positions: int):
-    """One Unicode character per id, so that decoding and encoding again gives the same ids."""
+    """One Unicode character per id, so that decoded ids encode to the same ids again."""
     vocabulary = {"<eos>": EOS, "<pad>": PAD} | {chr(0xF0000 + i): i for i in range(2, vocab_size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
