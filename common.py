@@ -20,7 +20,6 @@ import gc
 import gzip
 import hashlib
 import importlib.util
-import inspect
 import io
 import json
 import logging
@@ -507,6 +506,9 @@ def micro_batches(lengths_B, size):
 
 
 # ---------------------------------------------------------------- 3. Rewards
+#
+# A reward is a number for a text: of a reward model, which may therefore have any tokenizer, or of the user's function.
+# Greedy and sampled responses are scored by the same object, so they are comparable.
 
 
 def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
@@ -545,7 +547,7 @@ class Reward:
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.micro_batch_size = micro_batch_size
-        self.function = UserFunction(function) if function else None
+        self.function = load_function(function) if function else None
         if not function:
             classifier, self.tokenizer = load_classifier(model, backend)
             zero = getattr(classifier.config, "reward_mean", 0.0)
@@ -562,11 +564,7 @@ class Reward:
 
     def scores(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32: one finite number per response, without the penalty."""
-        if self.function:
-            # float64, until it is known that each number is one of float32
-            scores_B = torch.tensor(self.function(prompts, texts), dtype=torch.float64)
-        else:
-            scores_B = self.model_scores(prompts, texts)
+        scores_B = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
         if len(scores_B) != len(prompts):
             fail(f"{self.name} returned {len(scores_B)} rewards for {len(prompts)} responses", status=1)
         usable_B = scores_B.abs() < torch.finfo(torch.float32).max  # false for NaN, too
@@ -577,7 +575,7 @@ class Reward:
 
     @torch.no_grad()
     def model_scores(self, prompts: list[Prompt], texts: list[str]):
-        """-> scores_B. A reward model reads texts, so it may have any tokenizer."""
+        """-> scores_B, float32."""
         length = self.tokenizer.num_positions
         ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
@@ -586,73 +584,49 @@ class Reward:
             scores_B[rows] = scores(self.scorer, [ids[i] for i in rows], self.device)
         return scores_B
 
+    def function_scores(self, prompts: list[Prompt], texts: list[str]):
+        """-> scores_B, float64, until it is known that each number is one of float32.
 
-class UserFunction:
-    """A reward function of the user's: `path/to/file.py:name`. No other code is ever loaded from a path.
-
-    Its file may change how torch makes tensors (to load a judge in bfloat16, say) and may seed random numbers. Such
-    settings hold in its own functions alone, and training draws the random numbers that it would draw without it.
-    """
-
-    def __init__(self, spec):
-        self.spec = spec
-        path, _, name = spec.rpartition(":")
-        if not path.endswith(".py") or not Path(path).is_file():
-            fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-        with shows_errors(spec):
-            self.file = user_file(Path(path).resolve())
-        self.function = getattr(self.file.module, name, None)
-        if not callable(self.function):
-            fail(f"{spec}: the file has no function {name!r}")
-        self.told = set()  # the columns whose new names were told
-
-    def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[float]:
-        """The function's numbers as floats. It gets copies: what it changes in a list or in a message stays with it."""
-        columns = self.columns(prompts)
-        with shows_errors(self.spec, f" (columns: {', '.join(columns) or 'none'})"), self.file.own_settings():
-            scores = self.function([prompt.text for prompt in prompts], list(texts), **columns)
-            if isinstance(scores, Iterator):  # such as a generator, which runs only now
-                scores = list(scores)
-        try:
-            return as_floats(scores)
-        except OverflowError:
-            fail(f"{self.spec} returned a whole number that is too large for a float", status=1)
-        except (TypeError, ValueError, RuntimeError):
-            found = " ".join(str(scores).split())[:80]  # one line; tensors print several
-            fail(f"{self.spec} returned {found}; expected a number for each response", status=1)
-
-    def columns(self, prompts: list[Prompt]) -> dict[str, list]:
-        """Columns of the data by name, None where a row has none; `messages` where prompts were chats.
-
-        A name that is taken gets an underscore: two arguments of one name cannot be passed.
+        The function gets copies of everything: what it changes stays with it.
         """
-        with shows_errors(self.spec):
-            first_two = list(inspect.signature(self.function).parameters.values())[:2]  # prompts, responses
-        taken = [parameter.name for parameter in first_two if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        found = {}
-        if any(prompt.messages for prompt in prompts):
-            found["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
-        names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-        for name in names:
-            new_name = name
-            while new_name in taken or new_name in found or (new_name != name and new_name in names):
-                new_name += "_"
-            found[new_name] = [copy.deepcopy(prompt.columns.get(name)) for prompt in prompts]
-            if new_name != name and name not in self.told:
-                print(f"The column {name!r} reaches {self.spec} as {new_name!r}: another argument has its name")
-                self.told.add(name)
-        return found
+        columns = function_columns(prompts)
+        with users_code(self.name, f" (columns: {', '.join(columns) or 'none'})"):
+            found = self.function([prompt.text for prompt in prompts], list(texts), **columns)
+            if isinstance(found, Iterator):  # such as a generator, which runs only now
+                found = list(found)
+        try:
+            return torch.tensor(as_floats(found), dtype=torch.float64)
+        except OverflowError:
+            fail(f"{self.name} returned a whole number that is too large for a float", status=1)
+        except (TypeError, ValueError, RuntimeError):
+            words = " ".join(str(found).split())[:80]  # one line; tensors print several
+            fail(f"{self.name} returned {words}; expected a number for each response", status=1)
 
 
-def as_floats(scores) -> list[float]:
+def function_columns(prompts: list[Prompt]) -> dict[str, list]:
+    """The data's columns as arguments of a reward function, None where a row has none; `messages` are those of chats.
+
+    Columns that are named like the other arguments get an underscore.
+    """
+    names = {name: None for prompt in prompts for name in prompt.columns}  # in their order
+    columns = {}
+    for name in names:
+        argument = f"{name}_" if name in ("prompts", "responses", "messages") else name
+        columns[argument] = [copy.deepcopy(prompt.columns.get(name)) for prompt in prompts]
+    if any(prompt.messages for prompt in prompts):
+        columns["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
+    return columns
+
+
+def as_floats(found) -> list[float]:
     """Numbers of Python, numpy or torch as floats, else TypeError, ValueError, RuntimeError or OverflowError.
 
     float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
     """
-    if isinstance(scores, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
+    if isinstance(found, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
         raise TypeError
     floats = []
-    for score in scores:
+    for score in found:
         if hasattr(score, "item"):  # numpy and torch; an error if it holds several
             score = score.item()
         if not isinstance(score, numbers.Real | decimal.Decimal):  # True and False are 1 and 0
@@ -661,74 +635,61 @@ def as_floats(scores) -> list[float]:
     return floats
 
 
-class UserFile:
-    """A Python file of the user's as a module that stays: process pools and pickle find its functions by its name.
-
-    The module has the name of its file, so that new processes can import it, too. If another module has that name, it
-    gets a name that only this process knows; pools then work as long as they fork.
-    """
-
-    def __init__(self, path: Path):
-        sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
-        name = path.stem
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
-            name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
-            spec = importlib.util.spec_from_file_location(name, path)
-        self.settings = torch_settings()
-        if name not in sys.modules:  # else it is one of our own files
-            sys.modules[name] = importlib.util.module_from_spec(spec)  # now, since dataclasses look themselves up there
-            with self.own_settings():
-                spec.loader.exec_module(sys.modules[name])
-        self.module = sys.modules[name]
-
-    @contextlib.contextmanager
-    def own_settings(self) -> Iterator[None]:
-        """The file's settings of torch inside; outside, they and the random numbers to come are as before."""
-        ours = torch_settings()
-        python_state = random.getstate()
-        numpy_state = np.random.get_state()
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
-            use_torch_settings(**self.settings)
-            try:
-                yield
-            finally:
-                self.settings = torch_settings()
-                use_torch_settings(**ours)
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)
+@functools.cache  # read once, also where two flags name the file
+def load_function(spec):
+    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+    with users_code(spec):
+        module = load_module(Path(path).resolve())
+    function = getattr(module, name, None)
+    if not callable(function):
+        fail(f"{spec}: the file has no function {name!r}")
+    return function
 
 
-user_file = functools.cache(UserFile)  # read once, also where two flags name it: its functions share what it keeps
-
-
-def torch_settings() -> dict:
-    """How torch makes new tensors."""
-    return dict(
-        dtype=torch.get_default_dtype(),
-        device=torch.get_default_device(),
-        grad=torch.is_grad_enabled(),
-    )
-
-
-def use_torch_settings(dtype, device, grad):
-    torch.set_default_dtype(dtype)
-    torch.set_grad_enabled(grad)
-    if device != torch.get_default_device():
-        # None stands for the CPU: a default device, even the CPU, makes each call of torch slower.
-        torch.set_default_device(None if device.type == "cpu" else device)
+@functools.cache
+def load_module(path: Path):
+    """A file as a module with the file's name: process pools and pickle find its functions by that."""
+    sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
+    name = path.stem
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
+        # Another module has that name. This one, only this process knows: pools work as long as they fork.
+        name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
+        spec = importlib.util.spec_from_file_location(name, path)
+    if name not in sys.modules:  # else it is one of our own files
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look themselves up there
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @contextlib.contextmanager
-def shows_errors(spec, note="") -> Iterator[None]:
-    """An error of the user's code ends the run: the traceback as Python prints it, then one line."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{spec} raised {what.removesuffix(': ')}{note}", status=1)
+def users_code(spec, note="") -> Iterator[None]:
+    """Runs the user's code. What it sets in torch and the random numbers that it draws do not reach the training.
+
+    An error in it ends the run: the traceback as Python prints it, then one line.
+    """
+    dtype = torch.get_default_dtype()
+    device = torch.get_default_device()
+    gradients = torch.is_grad_enabled()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(f"{spec} raised {what.removesuffix(': ')}{note}", status=1)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 # ---------------------------------------------------------------- 4. Evaluation

@@ -20,7 +20,7 @@ def rows_of(name: str) -> list[dict]:
 
 
 def rule():
-    return common.UserFunction(f"{EXAMPLE / 'rule.py'}:reward").function
+    return common.load_function(f"{EXAMPLE / 'rule.py'}:reward")
 
 
 def test_the_data_is_what_make_writes_and_the_policy_is_small(tmp_path):
