@@ -1251,10 +1251,10 @@ def check_saved(model, weights, folder):
 # A prompt is a text or chat messages, and so is an answer (chosen, rejected, completion). `load_prompts` tells the
 # forms of a row apart by their shape, checks what it assumes, and says in the data's line which form it found:
 #
-#   prompt     answers                    read as
-#   text       texts                      they are; where all answers of a file repeat their prompts, it is cut off
+#   prompt     answers                    how they are read
+#   text       texts                      as they are; if all answers of a file repeat their prompts, these are cut off
 #   text       whole conversations        the conversation is the prompt; the text must be a user's message of it
-#   messages   texts, last messages       they are
+#   messages   texts, last messages       as they are
 #   messages   whole conversations        the last message is the answer; the earlier ones must be the prompt's
 #   the same column                       the last message is the answer, the earlier ones are the prompt
 #   no column  two conversations          the earlier messages, which must be the same, are the prompt
