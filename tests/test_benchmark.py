@@ -375,6 +375,39 @@ def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_num
 KEYS = ("task", "method", "seed", "tuning", "commit", "script", "flags")
 
 
+def test_only_a_penalty_in_the_reward_has_the_gradient_of_the_kl():
+    import torch
+    import which_kl
+
+    distance, true, found = which_kl.gradients(scale=2.4, seed=1)
+    assert distance > 1
+    torch.testing.assert_close(found["k1 in the reward"], true, rtol=1e-10, atol=1e-12)
+    assert found["k1 in the loss"].abs().max() < 1e-12
+    torch.testing.assert_close(found["k3 × ratio in the loss"], found["k2 in the loss"], rtol=1e-10, atol=1e-12)
+    for name in ("k2 in the loss", "k3 in the loss"):
+        assert torch.cosine_similarity(found[name].flatten(), true.flatten(), dim=0) < 0.95
+
+
+def test_the_table_of_penalties_is_that_of_the_rows():
+    rows = [json.loads(line) for line in (ROOT / "benchmark/results/which_kl.jsonl").read_text().splitlines()]
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    header = re.search(r"\| penalty \|(.*)\|", page)[1]
+    distances = re.findall(r"KL ([\d.]+)", header)
+    assert len(distances) == 4
+    for method in {row["method"] for row in rows}:
+        shown = [row for row in rows if row["method"] == method and f"{row['kl']:.2f}" in distances]
+        cells = [f"{row['cosine']:.2f}, {row['length']:.2f}" if row["length"] else "no gradient" for row in shown]
+        assert f"| {method} | {' | '.join(cells)} |" in page
+
+
+def test_losses_equal_those_of_a_peer():
+    rows = [json.loads(line) for line in (ROOT / "benchmark/results/losses.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"grpo", "dr-grpo", "dpo", "reward_model"}
+    for row in rows:
+        assert row["peer"].startswith("TRL 1.16.0") and row["largest_difference"] < 1e-6
+        assert row["ours"] == pytest.approx(row["peers"], abs=1e-6)
+
+
 def test_every_row_of_the_results_says_how_it_is_measured_again():
     count = 0
     for path in (ROOT / "benchmark" / "results").glob("*.jsonl"):
