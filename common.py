@@ -1998,7 +1998,8 @@ class Run:
         folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
         for i, engine in enumerate(self.engines):
             with fails_with(f"--resume {self.folder}: {folder} could not be read"):
-                path, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}")
+                # Not strict: under --lora-rank a checkpoint has the trained weights alone.
+                path, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}", load_module_strict=False)
                 if path is None:
                     raise OSError("it is not there or not whole")
 
@@ -2007,7 +2008,12 @@ class Run:
         folder = self.folder / "checkpoint"
         with writing(self.folder, self.checkpoint_bytes):
             for i, engine in enumerate(self.engines):
-                engine.save_checkpoint(str(folder / f"update-{update}"), tag=f"engine-{i}", save_latest=False)
+                engine.save_checkpoint(
+                    str(folder / f"update-{update}"),
+                    tag=f"engine-{i}",
+                    save_latest=False,
+                    exclude_frozen_parameters=True,
+                )
         dist.barrier()
         if self.is_main:
             write_whole(folder / "latest", str(update))
