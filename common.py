@@ -1,7 +1,7 @@
 """Code that the scripts share. Nothing here knows an algorithm, and functions share no state: copy what you need.
 
-About reinforcement learning: 1 rollout · 2 log-probabilities and values · 3 rewards · 4 evaluation.
-About everything else: 5 models and DeepSpeed · 6 data · 7 the run · 8 flags, errors and processes.
+About learning: 1 prompts and responses · 2 rollout · 3 log-probabilities, values, scores · 4 rewards · 5 the update ·
+6 evaluation. Below the double line is plumbing: 7 models · 8 data · 9 the run · 10 flags and processes.
 
 Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
 D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the first EOS.
@@ -85,7 +85,11 @@ print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_to
 """
 
 
-# ---------------------------------------------------------------- 1. Rollout
+# ---------------------------------------------------------------- 1. Prompts and responses
+#
+# What goes into a policy and what comes out. Prompts are padded on the left and responses on the right, so that a
+# prompt's last token stands beside the first token of its response. Masks tell padding from text: an EOS inside a
+# prompt is a token like any other.
 
 
 @dataclasses.dataclass
@@ -175,6 +179,38 @@ def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Resp
     )
 
 
+def response_mask(tokens_BT, eos_ids: list[int]):
+    """-> mask_BT, 1 up to and including the first EOS of any kind. Pad ids play no part."""
+    is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device)).long()
+    return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
+
+
+def decode(tokenizer, tokens: list[list[int]], dropped_ids=()) -> list[str]:
+    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone.
+
+    Special tokens are part of the text, except `dropped_ids`. Spaces stay as they are, so that a text gives its ids
+    again wherever the tokenizer allows it.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    rows = [anchor + [token for token in row if token not in dropped_ids] for row in [[], *tokens]]
+    start, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text[len(start) :] for text in texts]
+
+
+def pad(rows: list[list[int]], side, device: torch.device):
+    """-> (ids_BL, mask_BL). The mask alone tells padding from text: an EOS id inside a prompt is just a token."""
+    ids = [torch.tensor(row) for row in rows]
+    ids_BL = pad_sequence(ids, batch_first=True, padding_side=side)
+    mask_BL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return ids_BL.to(device), mask_BL.to(device)
+
+
+# ---------------------------------------------------------------- 2. Rollout
+#
+# The decoding loop is our own: the greedy rows of ReMax are decoded in one batch with the sampled ones, and prompts go
+# through the model once for both. The tests compare it with transformers' `generate`, which takes 1.4 times as long.
+
+
 def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstrations=False) -> Responses:
     """Responses: `num_samples` sampled rows per prompt (adjacent, then its demonstration), and all greedy rows last."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
@@ -214,45 +250,6 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
         tokens += greedy_rows
         row_prompts += prompts
     return as_responses(policy, row_prompts, tokens)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer of the cache with room for the response: a new token does not copy the earlier ones."""
-
-    def __init__(self, room):
-        super().__init__()
-        self.room = room  # tokens
-
-    def update(self, keys, values, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if start == 0:
-            self.lazy_initialization(keys, values)
-            self.key_buffer = F.pad(keys, (0, 0, 0, self.room))
-            self.value_buffer = F.pad(values, (0, 0, 0, self.room))
-        self.key_buffer[:, :, start:end] = keys
-        self.value_buffer[:, :, start:end] = values
-        self.keys = self.key_buffer[:, :, :end]
-        self.values = self.value_buffer[:, :, :end]
-        return self.keys, self.values
-
-    def reorder_cache(self, rows_N):
-        end = self.get_seq_length()
-        if end == 0:  # a layer that uses another's keys
-            return
-        self.key_buffer = self.key_buffer.index_select(0, rows_N)
-        self.value_buffer = self.value_buffer.index_select(0, rows_N)
-        self.keys = self.key_buffer[:, :, :end]
-        self.values = self.value_buffer[:, :, :end]
-
-
-def roomy_cache(config, room):
-    """A cache for prompts and `room` more tokens. Layers that keep a window or a state stay transformers' own."""
-    cache = transformers.DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = RoomyLayer(room)
-    return cache
 
 
 @torch.no_grad()
@@ -330,33 +327,10 @@ def sample(logits_NV):
     return torch.searchsorted(cumulative_NV, points_N1, right=True).squeeze(1)
 
 
-def response_mask(tokens_BT, eos_ids: list[int]):
-    """-> mask_BT, 1 up to and including the first EOS of any kind. Pad ids play no part."""
-    is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device)).long()
-    return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
-
-
-def decode(tokenizer, tokens: list[list[int]], dropped_ids=()) -> list[str]:
-    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone.
-
-    Special tokens are part of the text, except `dropped_ids`. Spaces stay as they are, so that a text gives its ids
-    again wherever the tokenizer allows it.
-    """
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    rows = [anchor + [token for token in row if token not in dropped_ids] for row in [[], *tokens]]
-    start, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [text[len(start) :] for text in texts]
-
-
-def pad(rows: list[list[int]], side, device: torch.device):
-    """-> (ids_BL, mask_BL). The mask alone tells padding from text: an EOS id inside a prompt is just a token."""
-    ids = [torch.tensor(row) for row in rows]
-    ids_BL = pad_sequence(ids, batch_first=True, padding_side=side)
-    mask_BL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
-    return ids_BL.to(device), mask_BL.to(device)
-
-
-# ---------------------------------------------------------------- 2. Log-probabilities and values
+# ---------------------------------------------------------------- 3. Log-probabilities, values, scores
+#
+# What models say of tokens that are there. main() calls the first functions; the classes below them are what an engine
+# trains, since DeepSpeed needs a module whose forward is the whole computation.
 
 
 def logprobs(policy, rows: Responses):
@@ -396,6 +370,13 @@ def all_values(value, rows: Responses, micro_batch_size):
         order += some
         parts.append(values(value, rows[some]))
     return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def scores(scorer, ids: list[list[int]], device):
+    """What a reward model gives to whole texts -> scores_B, float32: its head at the last token."""
+    ids_BL, mask_BL = pad(ids, "right", device)
+    last_B1 = mask_BL.sum(1, keepdim=True) - 1  # transformers looks for the last id that is no pad, and may miss EOS
+    return scorer(ids_BL, mask_BL, last_B1).squeeze(1)
 
 
 def joined(rows: Responses):
@@ -459,17 +440,6 @@ class TokenLogprobs(nn.Module):
         return torch.cat(parts).view(-1, num_tokens)
 
 
-class ScalarHead(nn.Module):
-    """A linear head with one output, computed in float32: in bfloat16 a score of 5 has steps of 1/32."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight  # (1, D), under the name that it has in the model's files
-
-    def forward(self, hidden_BD):
-        return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
-
-
 class ScalarOutputs(nn.Module):
     """A sequence classification model whose output is numbers, read where it is asked: rewards, or values of states."""
 
@@ -490,40 +460,20 @@ class ScalarOutputs(nn.Module):
         return self.model.score(backbone.last_hidden_state[rows_B1, read_BK]) - self.zero
 
 
-def scores(scorer, ids: list[list[int]], device):
-    """What a reward model gives to whole texts -> scores_B, float32: its head at the last token."""
-    ids_BL, mask_BL = pad(ids, "right", device)
-    last_B1 = mask_BL.sum(1, keepdim=True) - 1  # transformers looks for the last id that is no pad, and may miss EOS
-    return scorer(ids_BL, mask_BL, last_B1).squeeze(1)
+class ScalarHead(nn.Module):
+    """A linear head with one output, computed in float32: in bfloat16 a score of 5 has steps of 1/32."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (1, D), under the name that it has in the model's files
+
+    def forward(self, hidden_BD):
+        return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
 
 
-def micro_batches(lengths_B, size):
-    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
-    # The longest come first, so that running out of memory shows at once.
-    order = lengths_B.argsort(descending=True, stable=True).tolist()
-    for start in range(0, len(order), size):
-        yield order[start : start + size], start + size >= len(order)
-
-
-# ---------------------------------------------------------------- 3. Rewards
+# ---------------------------------------------------------------- 4. Rewards
 #
-# A reward is a number for a text: of a reward model, which may therefore have any tokenizer, or of the user's function.
-# Greedy and sampled responses are scored by the same object, so they are comparable.
-
-
-def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
-    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
-
-    A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
-    """
-    if prompt.messages and tokenizer.chat_template:
-        messages = [*prompt.messages, dict(role="assistant", content=response)]
-        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
-    else:
-        ids = encode(tokenizer, prompt.text + response)
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-    return cut_left(ids, max_length, tokenizer.bos_token_id)
+# A reward is a number for a text. So a reward model may have any tokenizer, and a Python function may take its place.
 
 
 class Reward:
@@ -603,96 +553,125 @@ class Reward:
             fail(f"{self.name} returned {words}; expected a number for each response", status=1)
 
 
-def function_columns(prompts: list[Prompt]) -> dict[str, list]:
-    """The data's columns as arguments of a reward function, None where a row has none; `messages` are those of chats.
+def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
+    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
 
-    Columns that are named like the other arguments get an underscore.
+    A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
     """
-    names = {name: None for prompt in prompts for name in prompt.columns}  # in their order
-    columns = {}
-    for name in names:
-        argument = f"{name}_" if name in ("prompts", "responses", "messages") else name
-        columns[argument] = [copy.deepcopy(prompt.columns.get(name)) for prompt in prompts]
-    if any(prompt.messages for prompt in prompts):
-        columns["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
-    return columns
+    if prompt.messages and tokenizer.chat_template:
+        messages = [*prompt.messages, dict(role="assistant", content=response)]
+        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
+    else:
+        ids = encode(tokenizer, prompt.text + response)
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+    return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
-def as_floats(found) -> list[float]:
-    """Numbers of Python, numpy or torch as floats, else TypeError, ValueError, RuntimeError or OverflowError.
-
-    float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
-    """
-    if isinstance(found, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
-        raise TypeError
-    floats = []
-    for score in found:
-        if hasattr(score, "item"):  # numpy and torch; an error if it holds several
-            score = score.item()
-        if not isinstance(score, numbers.Real | decimal.Decimal):  # True and False are 1 and 0
-            raise TypeError
-        floats.append(float(score))
-    return floats
+# ---------------------------------------------------------------- 5. The update
+#
+# An optimizer step may have several micro-batches, which save memory and change no result: a loss is a sum over rows,
+# divided by a denominator that all micro-batches share, and their gradients add up.
 
 
-@functools.cache  # read once, also where two flags name the file
-def load_function(spec):
-    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
-    with users_code(spec):
-        module = load_module(Path(path).resolve())
-    function = getattr(module, name, None)
-    if not callable(function):
-        fail(f"{spec}: the file has no function {name!r}")
-    return function
+def micro_batches(lengths_B, size):
+    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
+    # The longest come first, so that running out of memory shows at once.
+    order = lengths_B.argsort(descending=True, stable=True).tolist()
+    for start in range(0, len(order), size):
+        yield order[start : start + size], start + size >= len(order)
 
 
-@functools.cache
-def load_module(path: Path):
-    """A file as a module with the file's name: process pools and pickle find its functions by that."""
-    sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
-    name = path.stem
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
-        # Another module has that name. This one, only this process knows: pools work as long as they fork.
-        name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
-        spec = importlib.util.spec_from_file_location(name, path)
-    if name not in sys.modules:  # else it is one of our own files
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look themselves up there
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+def train_engine(module, backend, max_grad_norm):
+    """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
+    limit_threads(module)
+    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
+    zero = dict(stage=backend.zero_stage)
+    if backend.offload:
+        zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
+    gradient_type = None  # of the model
+    if backend.dtype == "bfloat16" and backend.zero_stage > 0:  # ZeRO-0 cannot
+        gradient_type = "fp32"  # a sum of many micro-batches would be rounded in each of them
+    if backend.gradient_checkpointing:
+        module.model.activation_checkpointing_enable()
+    config = dict(
+        train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
+        gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
+        gradient_clipping=max_grad_norm,
+        bf16=dict(enabled=backend.dtype == "bfloat16"),
+        data_types=dict(grad_accum_dtype=gradient_type),
+        zero_optimization=zero,
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
+    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, **adamw)  # optimizer_step sets the rate
+    with contextlib.redirect_stdout(io.StringIO()):  # ZeRO-1 prints its memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
+        engine.enable_backward_allreduce = False
+    reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
+    return engine
+
+
+def backward(engine, loss, is_last):
+    """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
+    engine.set_gradient_accumulation_boundary(is_last)
+    # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
+    factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    engine.backward(loss * factor, scale_wrt_gas=False)
+
+
+def optimizer_step(engine, learning_rate) -> tuple[float, int]:
+    """Clips and steps -> (gradient norm before clipping, steps skipped so far because it was not finite)."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm()), engine.skipped_steps
+    # float32 ZeRO-0 neither reports the norm nor skips steps that are not finite.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm.isfinite():
+        engine.step()
+    else:
+        engine.zero_grad()
+        engine.skipped_steps += 1  # checkpoints keep this number
+    return norm.item(), engine.skipped_steps
+
+
+def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
+    """The learning rate of a step (1 … num_steps): linear warm-up, then constant, or down towards 0."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - 1 - warmup) / (num_steps - warmup)
+    if schedule == "constant":
+        return peak
+    return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
+
+
+def reset_optimizer(engine):
+    """Adam's moments and its count of steps are 0 again; frozen models that nobody uses any more leave the memory."""
+    gc.collect()  # modules refer to each other in circles
+    for state in engine.basic_optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 @contextlib.contextmanager
-def users_code(spec, note="") -> Iterator[None]:
-    """Runs the user's code. What it sets in torch and the random numbers that it draws do not reach the training.
-
-    An error in it ends the run: the traceback as Python prints it, then one line.
-    """
-    dtype = torch.get_default_dtype()
-    device = torch.get_default_device()
-    gradients = torch.is_grad_enabled()
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            fail(f"{spec} raised {what.removesuffix(': ')}{note}", status=1)
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_grad_enabled(gradients)
-            if torch.get_default_device() != device:
-                torch.set_default_device(device)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+def gathered(engine) -> Iterator[None]:
+    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
+    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
 
 
-# ---------------------------------------------------------------- 4. Evaluation
+# ---------------------------------------------------------------- 6. Evaluation
+#
+# Greedy responses to held-out prompts: of the policy, beside those of the initial one.
 
 
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
@@ -730,50 +709,13 @@ def win_rate(rows: list[dict], rewards: list[float]) -> float:
     return sum(wins) / len(wins) / 2
 
 
-def pair_metrics(rows: list[dict]) -> dict[str, float]:
-    """Of held-out pairs: `rows` are a chosen and a rejected response in turn, each with its reward and its length.
-
-    The interval is half the width of the accuracy's 95% interval.
-    """
-    rewards = torch.tensor([row["reward"] for row in rows])
-    lengths = torch.tensor([float(row["length"]) for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    right = accuracy(margins_B).mean().item()
-    return dict(
-        eval_accuracy=right,
-        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
-        eval_margin=margins_B.mean().item(),
-        eval_score=rewards.mean().item(),
-        eval_score_std=rewards.std().item(),
-        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
-    )
+# ================================================================ Below is plumbing: nothing here is about learning.
 
 
-def accuracy(margins_B):
-    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
-    wins_B = (margins_B > 0).float()
-    ties_B = (margins_B == 0).float()
-    return wins_B + 0.5 * ties_B
-
-
-def calibration_table(rows, bins: int = 5) -> str:
-    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
-    rewards = torch.tensor([row["reward"] for row in rows])
-    margins_B = rewards[::2] - rewards[1::2]
-    certainty_B = margins_B.abs().sigmoid()
-    right_B = (margins_B > 0).float()
-    lines = ["Certainty    pairs   predicted   observed"]
-    for i in range(bins):
-        low = 0.5 + 0.5 * i / bins
-        high = low + 0.5 / bins
-        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
-        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
-        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
-    return "\n".join(lines)
-
-
-# ================================================================ Nothing below is about reinforcement learning.
-# ---------------------------------------------------------------- 5. Models and DeepSpeed
+# ---------------------------------------------------------------- 7. Models
+#
+# A model is loaded once for training and, where something is frozen, once more. What cannot be trained right is refused
+# here: `check_policy` compares what we compute with the model's plain forward.
 
 
 @dataclasses.dataclass
@@ -857,12 +799,221 @@ def check_head(path, auto_class, info):
         fail(f"{path}: its head has {', '.join(heads[:4])}; only `score`, one linear layer without bias, is supported")
 
 
+def load_language_model(path, sampling: Sampling, backend):
+    max_length = sampling.max_prompt_length + sampling.response_length
+    return load_model(path, transformers.AutoModelForCausalLM, max_length, backend)
+
+
+def new_policy(model, tokenizer, sampling: Sampling, device) -> Policy:
+    """A policy around a causal language model. Its engine is a plain module until `train_engine` or `freeze`."""
+    eos_ids = model.generation_config.eos_token_id
+    if not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
+    if not eos_ids:
+        fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
+    return Policy(
+        engine=TokenLogprobs(model, sampling.temperature),
+        decoder=same_weights(model),
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        sampling=sampling,
+        device=device,
+    )
+
+
+def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
+    """A causal language model, checked to be one that we can train."""
+    model = with_adapters(load_language_model(path, sampling, backend), backend.lora_rank)
+    policy = new_policy(model, tokenizer, sampling, backend.device)
+    with fails_with(f"{path}: a {type(model).__name__} is not supported"):
+        check_policy(policy)
+        row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
+    if sampling.batch_size is None:
+        sampling.batch_size = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
+    cache_bytes = sampling.batch_size * row_bytes
+    print(f"Rollout: {sampling.batch_size} rows at once, whose cache takes up to {gib(cache_bytes)}")
+    if backend.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        if cache_bytes > free_bytes:
+            fail(
+                f"--rollout-batch-size {sampling.batch_size}: a cache of {gib(cache_bytes)} does not fit "
+                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
+            )
+    return policy
+
+
+def load_reference(policy: Policy, backend) -> Policy:
+    """The policy as it was before training, frozen. `load_policy` has checked its model."""
+    if backend.lora_rank:
+        model = without_adapters(policy.decoder)  # no second copy: its weights are the policy's own
+    else:
+        model = load_language_model(policy.decoder.name_or_path, policy.sampling, backend)
+    reference = new_policy(model, policy.tokenizer, policy.sampling, policy.device)
+    reference.engine = freeze(reference.engine, backend)
+    return reference
+
+
+@torch.no_grad()
+def check_policy(policy: Policy):
+    """Raises ValueError where a model would be trained on other log-probabilities than those of its plain forward.
+
+    It runs on the CPU, on a short text: left-padded, in training mode, and decoded with a cache.
+    """
+    model = policy.decoder
+    if model.config.model_type == "phimoe":
+        raise ValueError("its router is sampled in training and reads its jitter everywhere")
+    if policy.engine.model.base_model is policy.engine.model:
+        raise ValueError("it has no backbone below its head")
+    text_BL = torch.tensor([[0, 1]])
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # flash attention does not run on a CPU
+    if model(text_BL).logits.isnan().any():
+        raise ValueError("its weights are not finite")
+
+    prompts_BP = F.pad(text_BL, (6, 0))
+    mask_BP = (torch.arange(8) >= 6).long()[None]
+    sampling = dataclasses.replace(policy.sampling, response_length=8)
+    greedy_BT = generate(model, prompts_BP, mask_BP, [], sampling, num_samples=0, greedy=True)
+    logits_BTV = model(torch.cat([text_BL, greedy_BT], 1)).logits[:, 1:-1].float()
+    plain_BTV = (logits_BTV / sampling.temperature).log_softmax(-1)
+    plain_BT = plain_BTV.gather(-1, greedy_BT[..., None]).squeeze(-1)
+
+    # Kernels may sum in another order, which moves a logit by a few of its type's steps.
+    step = torch.finfo(model.dtype).eps * logits_BTV.abs().max().item() / sampling.temperature
+    tolerance = 4 * step + (1e-3 if model.dtype == torch.float32 else 0.1)  # nats
+    ids_BL = torch.cat([prompts_BP, greedy_BT], 1)
+    mask_BL = torch.cat([mask_BP, torch.ones_like(greedy_BT)], 1)
+    trained_BT = policy.engine(ids_BL, mask_BL, greedy_BT.shape[1])
+    if not torch.allclose(trained_BT, plain_BT, atol=tolerance):
+        raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
+    if not torch.allclose(plain_BTV.amax(-1), plain_BT, atol=tolerance):
+        raise ValueError("it minds padding when it decodes with a cache")
+    model.set_attn_implementation(attention)
+
+
 def same_weights(model):
     """A second module around the same weights, to decode: without training mode, checkpointing or ZeRO-3's hooks."""
     shared = {}
     for thing in (*model.parameters(), *model.buffers(), model.config):
         shared[id(thing)] = thing  # deepcopy takes what it finds here as already copied
     return copy.deepcopy(model, shared).eval()
+
+
+DEFAULT_CACHE_BYTES = 16 * 2**30
+
+
+def gib(num_bytes) -> str:
+    return f"{num_bytes / 2**30:.2g} GiB"
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model) -> int:
+    """What a row's cache grows by with each token, measured; layers with a window are counted as if they had none."""
+    cache = transformers.DynamicCache(config=model.config)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    model(torch.tensor([[0, 1]]), past_key_values=cache, use_cache=True)
+    model.set_attn_implementation(attention)
+    tensors = []
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:  # a layer with a state has none
+            tensors += [layer.keys, layer.values]
+    return sum(tensor.nbytes for tensor in tensors) // 2
+
+
+def roomy_cache(config, room):
+    """A cache for prompts and `room` more tokens. Layers that keep a window or a state stay transformers' own."""
+    cache = transformers.DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(room)
+    return cache
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache with room for the response: a new token does not copy the earlier ones."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room  # tokens
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if start == 0:
+            self.lazy_initialization(keys, values)
+            self.key_buffer = F.pad(keys, (0, 0, 0, self.room))
+            self.value_buffer = F.pad(values, (0, 0, 0, self.room))
+        self.key_buffer[:, :, start:end] = keys
+        self.value_buffer[:, :, start:end] = values
+        self.keys = self.key_buffer[:, :, :end]
+        self.values = self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def reorder_cache(self, rows_N):
+        end = self.get_seq_length()
+        if end == 0:  # a layer that uses another's keys
+            return
+        self.key_buffer = self.key_buffer.index_select(0, rows_N)
+        self.value_buffer = self.value_buffer.index_select(0, rows_N)
+        self.keys = self.key_buffer[:, :, :end]
+        self.values = self.value_buffer[:, :, :end]
+
+
+def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
+    """-> (a sequence classification model with one output, its tokenizer). `new_head`: as in `load_model`."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_token_id is None:
+        fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
+    model = load_model(
+        path,
+        transformers.AutoModelForSequenceClassification,
+        max_length=max_length,
+        backend=backend,
+        new_head=new_head,
+        num_labels=1,
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        fail(f"{path}: {type(model).__name__} has no linear head `score` without bias, so it is not a reward model")
+    model.score = ScalarHead(head.weight)
+    if model.config.pad_token_id is None:  # transformers takes batches only with one
+        model.config.pad_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ScalarOutputs:
+    """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
+    path = policy
+    if reward_model:
+        ours = load_tokenizer(policy)
+        its = load_tokenizer(reward_model)
+        if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
+            path = reward_model
+    max_length = sampling.max_prompt_length + sampling.response_length
+    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy)
+    zero = getattr(model.config, "reward_mean", 0.0)
+    return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
+
+
+def limit_threads(module):
+    """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
+    if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
+        parameters = sum(p.numel() for p in module.parameters())
+        torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
+
+
+def freeze(module, backend) -> nn.Module:
+    """A model that is only read: whole on the device, or sharded over the ranks (ZeRO-3) or in CPU memory (offload)."""
+    module.requires_grad_(False).eval()
+    if backend.zero_stage < 3 and not backend.offload:
+        return module.to(backend.device)
+    zero = dict(stage=3)
+    if backend.offload:
+        zero["offload_param"] = dict(device="cpu")
+    config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero)
+    return deepspeed.initialize(model=module, config=config)[0]
 
 
 def with_adapters(model, rank):
@@ -949,263 +1100,6 @@ def save_adapter(model, folder):
     save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
 
 
-def load_language_model(path, sampling: Sampling, backend):
-    max_length = sampling.max_prompt_length + sampling.response_length
-    return load_model(path, transformers.AutoModelForCausalLM, max_length, backend)
-
-
-def new_policy(model, tokenizer, sampling: Sampling, device) -> Policy:
-    """A policy around a causal language model. Its engine is a plain module until `train_engine` or `freeze`."""
-    eos_ids = model.generation_config.eos_token_id
-    if not isinstance(eos_ids, list):
-        eos_ids = [eos_ids]
-    eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
-    if not eos_ids:
-        fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
-    return Policy(
-        engine=TokenLogprobs(model, sampling.temperature),
-        decoder=same_weights(model),
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        sampling=sampling,
-        device=device,
-    )
-
-
-def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
-    """A causal language model, checked to be one that we can train."""
-    model = with_adapters(load_language_model(path, sampling, backend), backend.lora_rank)
-    policy = new_policy(model, tokenizer, sampling, backend.device)
-    with fails_with(f"{path}: a {type(model).__name__} is not supported"):
-        check_policy(policy)
-        row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
-    if sampling.batch_size is None:
-        sampling.batch_size = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
-    cache_bytes = sampling.batch_size * row_bytes
-    print(f"Rollout: {sampling.batch_size} rows at once, whose cache takes up to {gib(cache_bytes)}")
-    if backend.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info()
-        if cache_bytes > free_bytes:
-            fail(
-                f"--rollout-batch-size {sampling.batch_size}: a cache of {gib(cache_bytes)} does not fit "
-                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
-            )
-    return policy
-
-
-DEFAULT_CACHE_BYTES = 16 * 2**30
-
-
-def gib(num_bytes) -> str:
-    return f"{num_bytes / 2**30:.2g} GiB"
-
-
-@torch.no_grad()
-def cache_bytes_per_token(model) -> int:
-    """What a row's cache grows by with each token, measured; layers with a window are counted as if they had none."""
-    cache = transformers.DynamicCache(config=model.config)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    model(torch.tensor([[0, 1]]), past_key_values=cache, use_cache=True)
-    model.set_attn_implementation(attention)
-    tensors = []
-    for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None:  # a layer with a state has none
-            tensors += [layer.keys, layer.values]
-    return sum(tensor.nbytes for tensor in tensors) // 2
-
-
-def load_reference(policy: Policy, backend) -> Policy:
-    """The policy as it was before training, frozen. `load_policy` has checked its model."""
-    if backend.lora_rank:
-        model = without_adapters(policy.decoder)  # no second copy: its weights are the policy's own
-    else:
-        model = load_language_model(policy.decoder.name_or_path, policy.sampling, backend)
-    reference = new_policy(model, policy.tokenizer, policy.sampling, policy.device)
-    reference.engine = freeze(reference.engine, backend)
-    return reference
-
-
-@torch.no_grad()
-def check_policy(policy: Policy):
-    """Raises ValueError where a model would be trained on other log-probabilities than those of its plain forward.
-
-    It runs on the CPU, on a short text: left-padded, in training mode, and decoded with a cache.
-    """
-    model = policy.decoder
-    if model.config.model_type == "phimoe":
-        raise ValueError("its router is sampled in training and reads its jitter everywhere")
-    if policy.engine.model.base_model is policy.engine.model:
-        raise ValueError("it has no backbone below its head")
-    text_BL = torch.tensor([[0, 1]])
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # flash attention does not run on a CPU
-    if model(text_BL).logits.isnan().any():
-        raise ValueError("its weights are not finite")
-
-    prompts_BP = F.pad(text_BL, (6, 0))
-    mask_BP = (torch.arange(8) >= 6).long()[None]
-    sampling = dataclasses.replace(policy.sampling, response_length=8)
-    greedy_BT = generate(model, prompts_BP, mask_BP, [], sampling, num_samples=0, greedy=True)
-    logits_BTV = model(torch.cat([text_BL, greedy_BT], 1)).logits[:, 1:-1].float()
-    plain_BTV = (logits_BTV / sampling.temperature).log_softmax(-1)
-    plain_BT = plain_BTV.gather(-1, greedy_BT[..., None]).squeeze(-1)
-
-    # Kernels may sum in another order, which moves a logit by a few of its type's steps.
-    step = torch.finfo(model.dtype).eps * logits_BTV.abs().max().item() / sampling.temperature
-    tolerance = 4 * step + (1e-3 if model.dtype == torch.float32 else 0.1)  # nats
-    ids_BL = torch.cat([prompts_BP, greedy_BT], 1)
-    mask_BL = torch.cat([mask_BP, torch.ones_like(greedy_BT)], 1)
-    trained_BT = policy.engine(ids_BL, mask_BL, greedy_BT.shape[1])
-    if not torch.allclose(trained_BT, plain_BT, atol=tolerance):
-        raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
-    if not torch.allclose(plain_BTV.amax(-1), plain_BT, atol=tolerance):
-        raise ValueError("it minds padding when it decodes with a cache")
-    model.set_attn_implementation(attention)
-
-
-def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
-    """-> (a sequence classification model with one output, its tokenizer). `new_head`: as in `load_model`."""
-    tokenizer = load_tokenizer(path)
-    if tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
-    model = load_model(
-        path,
-        transformers.AutoModelForSequenceClassification,
-        max_length=max_length,
-        backend=backend,
-        new_head=new_head,
-        num_labels=1,
-    )
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        fail(f"{path}: {type(model).__name__} has no linear head `score` without bias, so it is not a reward model")
-    model.score = ScalarHead(head.weight)
-    if model.config.pad_token_id is None:  # transformers takes batches only with one
-        model.config.pad_token_id = tokenizer.eos_token_id
-    return model, tokenizer
-
-
-def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ScalarOutputs:
-    """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
-    path = policy
-    if reward_model:
-        ours = load_tokenizer(policy)
-        its = load_tokenizer(reward_model)
-        if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
-            path = reward_model
-    max_length = sampling.max_prompt_length + sampling.response_length
-    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy)
-    zero = getattr(model.config, "reward_mean", 0.0)
-    return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
-
-
-def limit_threads(module):
-    """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
-    if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
-        parameters = sum(p.numel() for p in module.parameters())
-        torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
-
-
-def train_engine(module, backend, max_grad_norm):
-    """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
-    limit_threads(module)
-    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
-    zero = dict(stage=backend.zero_stage)
-    if backend.offload:
-        zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
-    gradient_type = None  # of the model
-    if backend.dtype == "bfloat16" and backend.zero_stage > 0:  # ZeRO-0 cannot
-        gradient_type = "fp32"  # a sum of many micro-batches would be rounded in each of them
-    if backend.gradient_checkpointing:
-        module.model.activation_checkpointing_enable()
-    config = dict(
-        train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
-        gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
-        gradient_clipping=max_grad_norm,
-        bf16=dict(enabled=backend.dtype == "bfloat16"),
-        data_types=dict(grad_accum_dtype=gradient_type),
-        zero_optimization=zero,
-        zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,
-    )
-    # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
-    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    trained = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, **adamw)  # optimizer_step sets the rate
-    with contextlib.redirect_stdout(io.StringIO()):  # ZeRO-1 prints its memory
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
-        engine.enable_backward_allreduce = False
-    reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
-    return engine
-
-
-def reset_optimizer(engine):
-    """Adam's moments and its count of steps are 0 again; frozen models that nobody uses any more leave the memory."""
-    gc.collect()  # modules refer to each other in circles
-    for state in engine.basic_optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-
-
-def freeze(module, backend) -> nn.Module:
-    """A model that is only read: whole on the device, or sharded over the ranks (ZeRO-3) or in CPU memory (offload)."""
-    module.requires_grad_(False).eval()
-    if backend.zero_stage < 3 and not backend.offload:
-        return module.to(backend.device)
-    zero = dict(stage=3)
-    if backend.offload:
-        zero["offload_param"] = dict(device="cpu")
-    config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero)
-    return deepspeed.initialize(model=module, config=config)[0]
-
-
-@contextlib.contextmanager
-def gathered(engine) -> Iterator[None]:
-    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
-    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
-
-
-def backward(engine, loss, is_last):
-    """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
-    engine.set_gradient_accumulation_boundary(is_last)
-    # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
-    factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    engine.backward(loss * factor, scale_wrt_gas=False)
-
-
-def optimizer_step(engine, learning_rate) -> tuple[float, int]:
-    """Clips and steps -> (gradient norm before clipping, steps skipped so far because it was not finite)."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        engine.step()
-        return float(engine.get_global_grad_norm()), engine.skipped_steps
-    # float32 ZeRO-0 neither reports the norm nor skips steps that are not finite.
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.isfinite():
-        engine.step()
-    else:
-        engine.zero_grad()
-        engine.skipped_steps += 1  # checkpoints keep this number
-    return norm.item(), engine.skipped_steps
-
-
-def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
-    """The learning rate of a step (1 … num_steps): linear warm-up, then constant, or down towards 0."""
-    warmup = math.ceil(warmup_ratio * num_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    done = (step - 1 - warmup) / (num_steps - warmup)
-    if schedule == "constant":
-        return peak
-    return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
-
-
 def save_and_check(engine, tokenizer, folder, backend):
     """A plain Hugging Face folder from any ZeRO stage, which is read again: it must hold every trained weight."""
     with gathered(engine):
@@ -1244,21 +1138,111 @@ def check_saved(model, weights, folder):
             fail(f"{folder}: the saved {name} is not the trained one", status=1)
 
 
-# ---------------------------------------------------------------- 6. Data
+@functools.cache  # read once, also where two flags name the file
+def load_function(spec):
+    """`path/to/file.py:name` -> the function. No other code is ever loaded from a path."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+    with users_code(spec):
+        module = load_module(Path(path).resolve())
+    function = getattr(module, name, None)
+    if not callable(function):
+        fail(f"{spec}: the file has no function {name!r}")
+    return function
+
+
+@functools.cache
+def load_module(path: Path):
+    """A file as a module with the file's name: process pools and pickle find its functions by that."""
+    sys.path.append(str(path.parent))  # at the end: a neighbour of the file hides no installed package
+    name = path.stem
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
+        # Another module has that name. This one, only this process knows: pools work as long as they fork.
+        name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
+        spec = importlib.util.spec_from_file_location(name, path)
+    if name not in sys.modules:  # else it is one of our own files
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look themselves up there
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@contextlib.contextmanager
+def users_code(spec, note="") -> Iterator[None]:
+    """Runs the user's code. What it sets in torch and the random numbers that it draws do not reach the training.
+
+    An error in it ends the run: the traceback as Python prints it, then one line.
+    """
+    dtype = torch.get_default_dtype()
+    device = torch.get_default_device()
+    gradients = torch.is_grad_enabled()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            tqdm.write(traceback.format_exc(), file=sys.stderr, end="")
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(f"{spec} raised {what.removesuffix(': ')}{note}", status=1)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def function_columns(prompts: list[Prompt]) -> dict[str, list]:
+    """The data's columns as arguments of a reward function, None where a row has none; `messages` are those of chats.
+
+    Columns that are named like the other arguments get an underscore.
+    """
+    names = {name: None for prompt in prompts for name in prompt.columns}  # in their order
+    columns = {}
+    for name in names:
+        argument = f"{name}_" if name in ("prompts", "responses", "messages") else name
+        columns[argument] = [copy.deepcopy(prompt.columns.get(name)) for prompt in prompts]
+    if any(prompt.messages for prompt in prompts):
+        columns["messages"] = [copy.deepcopy(prompt.messages) for prompt in prompts]
+    return columns
+
+
+def as_floats(found) -> list[float]:
+    """Numbers of Python, numpy or torch as floats, else TypeError, ValueError, RuntimeError or OverflowError.
+
+    float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
+    """
+    if isinstance(found, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
+        raise TypeError
+    floats = []
+    for score in found:
+        if hasattr(score, "item"):  # numpy and torch; an error if it holds several
+            score = score.item()
+        if not isinstance(score, numbers.Real | decimal.Decimal):  # True and False are 1 and 0
+            raise TypeError
+        floats.append(float(score))
+    return floats
+
+
+# ---------------------------------------------------------------- 8. Data
 #
 # Files become rows, rows become prompts with the answers to learn from, and texts become token ids.
 #
 # A prompt is a text or chat messages, and so is an answer (chosen, rejected, completion). `load_prompts` tells the
 # forms of a row apart by their shape, checks what it assumes, and says in the data's line which form it found:
 #
-#   prompt     answers                    how they are read
-#   text       texts                      as they are; if all answers of a file repeat their prompts, these are cut off
+#   prompt     answers                    read as
+#   text       texts                      they are; where all answers of a file repeat their prompts, it is cut off
 #   text       whole conversations        the conversation is the prompt; the text must be a user's message of it
-#   messages   texts, last messages       as they are
+#   messages   texts, last messages       they are
 #   messages   whole conversations        the last message is the answer; the earlier ones must be the prompt's
 #   the same column                       the last message is the answer, the earlier ones are the prompt
 #   no column  two conversations          the earlier messages, which must be the same, are the prompt
 #   no column  two texts                  their common beginning, up to its last white space, is the prompt
+
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "document")
@@ -1611,9 +1595,6 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     return [row for row in rows if row.digest not in digests], held_out
 
 
-# ---- Token ids
-
-
 def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
     """The ids of a text that something may follow: what the tokenizer adds at its end (EOS, SEP) is left out.
 
@@ -1731,17 +1712,16 @@ def shuffled_batch(items, seed, update, batch_size) -> list:
     return [items[i] for i in indices[dist.get_rank() :: dist.get_world_size()]]
 
 
-# ---------------------------------------------------------------- 7. The run
+# ---------------------------------------------------------------- 9. The run
+#
 # A run is a folder. All that a person or --resume needs is there, as text that can be read while the run goes on.
 # A process may die at any moment: files are replaced as a whole, or they grow by lines of which the last may be torn.
 
+
 # The flags whose files --resume reads again, and that a model card shows without their folders.
 INPUTS = ("model", "dataset", "eval_dataset", "reward_model", "reward_function", "gold_reward_function")
-# In a folder, such as a model's, these files matter. Others, such as a README, may come and go.
 INPUT_KINDS = ".json .jsonl .csv .parquet .arrow .safetensors .jinja .model .txt".split()
-# What the system, torch and safetensors say when a disk is full.
 DISK_IS_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter", "inline_container.cc", "iostream error")
-# Evaluations of which the greatest value is the best; of eval_loss it is the smallest.
 GREATEST_IS_BEST = ("reward", "win_rate", "win_rate_reference", "accuracy", "margin")
 
 
@@ -1760,143 +1740,6 @@ class Clock:
 
     def total(self) -> float:
         return sum(self.seconds.values())
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def read_rows(path) -> list[dict]:
-    """The lines of a file of ours, none if there is no file; a last line that was torn off is left out."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def write_whole(path, text):
-    """Atomic: readers see the old text or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path.parent):
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-
-
-@contextlib.contextmanager
-def writing(folder, num_bytes=0) -> Iterator[None]:
-    """Looks for the room first. A full disk ends the run with one line, then or inside."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        fail(f"{folder}: the disk has {free:,} bytes left, {num_bytes:,} are needed", status=1)
-    try:
-        yield
-    except Exception as error:
-        if not any(sign in str(error) for sign in DISK_IS_FULL):
-            raise
-        free = shutil.disk_usage(folder).free
-        fail(f"{folder}: the disk is full, {free:,} bytes are left; could not write: {first_line(error)}", status=1)
-
-
-def input_digests(flags: dict) -> dict[str, dict[str, str]]:
-    """-> {flag: {file: hash of its content}}; a file of the flag's own is "", a hub name has none."""
-    found = {}
-    for flag in INPUTS:
-        value = flags.get(flag)
-        if not value:
-            continue
-        path = file_of(value)
-        if path.is_file():
-            found[flag] = {"": digest(path)}
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in INPUT_KINDS)
-            found[flag] = {str(file.relative_to(path)): digest(file) for file in files}
-    return found
-
-
-def digest(path) -> str:
-    """A hash of a file's content; of large weights, of the size and of sixteen pieces, so that it takes no time."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if path.suffix != ".safetensors" or size < 2**28:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for i in range(16):
-            file.seek(size * i // 16)
-            found.update(file.read(2**20))
-        return found.hexdigest()
-
-
-def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
-    """Refuses to resume with other content than the run began with; where it lies does not matter."""
-    now = input_digests(flags)
-    for flag in INPUTS:
-        old = before.get(flag, {})
-        new = now.get(flag, {})
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                file = file_of(flags[flag]) / name
-                change = "has changed" if name in new and name in old else "is new" if name in new else "is missing"
-                fail(f"--resume {folder}: {file} {change} since the run began (--{flag.replace('_', '-')})")
-
-
-def public_name(value) -> str:
-    """A path flag as others may read it: a hub name, a path inside this project, or a last name without its folders."""
-    path = file_of(value)
-    if not path.is_absolute():
-        return value
-    shown = path.relative_to(HERE) if path.is_relative_to(HERE) else path.name
-    return value.replace(str(path), str(shown))
-
-
-def model_card(script, flags: dict, metrics: dict, usage) -> str:
-    """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    shown = {name: public_name(value) if name in INPUTS and value else value for name, value in flags.items()}
-    data = huggingface_hub.ModelCardData(
-        library_name="transformers",
-        base_model=shown["model"],
-        datasets=[shown["dataset"]],
-        tags=[Path(script).stem],
-    )
-    text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script}\n"
-    blocks = {"In this folder": usage, "Flags": json.dumps(shown, indent=2), "Metrics": json.dumps(metrics, indent=2)}
-    for name, block in blocks.items():
-        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
-    return text
-
-
-def one_screen_line(text, limit, end=False) -> str:
-    """A text on one line, at most `limit` characters of its beginning or its end, with … where it is cut."""
-    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎")
-    if len(text) <= limit:
-        return text
-    return f"…{text[-limit:]}" if end else f"{text[:limit]}…"
-
-
-def troubles(rows: list[dict]) -> dict[str, str]:
-    """What has gone wrong, from a run's rows of metrics -> {name: a sentence that names the flag to turn}."""
-    last = rows[-1]
-
-    def last_are(metric, low, high):
-        """Whether the last three rows all have the metric between these; one bad update is no trouble."""
-        values = [row[metric] for row in rows[-3:] if metric in row]
-        return len(values) == 3 and all(low < value < high for value in values)
-
-    found = {}
-    if last_are("entropy", -1, 0.02):
-        found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
-    elif last_are("truncated_fraction", 0.5, 2):
-        found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
-    if last_are("kl", 100, math.inf) or last.get("eval_log_ratio", 0) > 100:
-        found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
-    if last_are("reward_std", -1, 1e-6):
-        found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
-    if "eval_gold_reward" in last and "eval_reward" in last:
-        evaluations = [row for row in rows if "eval_gold_reward" in row]
-        golds = [row["eval_gold_reward"] for row in evaluations]
-        best = evaluations[golds.index(max(golds))]
-        fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
-        if len(golds) > 2 and fell and last["eval_reward"] > best["eval_reward"]:
-            change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
-            found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"
-    return found
 
 
 class Run:
@@ -2196,7 +2039,187 @@ def saved_sizes(engines) -> tuple[int, int]:
     return models[0], sum(models) + checkpoint
 
 
-# ---------------------------------------------------------------- 8. Flags, errors and processes
+def troubles(rows: list[dict]) -> dict[str, str]:
+    """What has gone wrong, from a run's rows of metrics -> {name: a sentence that names the flag to turn}."""
+    last = rows[-1]
+
+    def last_are(metric, low, high):
+        """Whether the last three rows all have the metric between these; one bad update is no trouble."""
+        values = [row[metric] for row in rows[-3:] if metric in row]
+        return len(values) == 3 and all(low < value < high for value in values)
+
+    found = {}
+    if last_are("entropy", -1, 0.02):
+        found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
+    elif last_are("truncated_fraction", 0.5, 2):
+        found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
+    if last_are("kl", 100, math.inf) or last.get("eval_log_ratio", 0) > 100:
+        found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
+    if last_are("reward_std", -1, 1e-6):
+        found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
+    if "eval_gold_reward" in last and "eval_reward" in last:
+        evaluations = [row for row in rows if "eval_gold_reward" in row]
+        golds = [row["eval_gold_reward"] for row in evaluations]
+        best = evaluations[golds.index(max(golds))]
+        fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
+        if len(golds) > 2 and fell and last["eval_reward"] > best["eval_reward"]:
+            change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
+            found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"
+    return found
+
+
+def one_screen_line(text, limit, end=False) -> str:
+    """A text on one line, at most `limit` characters of its beginning or its end, with … where it is cut."""
+    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎")
+    if len(text) <= limit:
+        return text
+    return f"…{text[-limit:]}" if end else f"{text[:limit]}…"
+
+
+def model_card(script, flags: dict, metrics: dict, usage) -> str:
+    """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
+    shown = {name: public_name(value) if name in INPUTS and value else value for name, value in flags.items()}
+    data = huggingface_hub.ModelCardData(
+        library_name="transformers",
+        base_model=shown["model"],
+        datasets=[shown["dataset"]],
+        tags=[Path(script).stem],
+    )
+    text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script}\n"
+    blocks = {"In this folder": usage, "Flags": json.dumps(shown, indent=2), "Metrics": json.dumps(metrics, indent=2)}
+    for name, block in blocks.items():
+        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
+    return text
+
+
+def public_name(value) -> str:
+    """A path flag as others may read it: a hub name, a path inside this project, or a last name without its folders."""
+    path = file_of(value)
+    if not path.is_absolute():
+        return value
+    shown = path.relative_to(HERE) if path.is_relative_to(HERE) else path.name
+    return value.replace(str(path), str(shown))
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_rows(path) -> list[dict]:
+    """The lines of a file of ours, none if there is no file; a last line that was torn off is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def write_whole(path, text):
+    """Atomic: readers see the old text or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path.parent):
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(folder, num_bytes=0) -> Iterator[None]:
+    """Looks for the room first. A full disk ends the run with one line, then or inside."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        fail(f"{folder}: the disk has {free:,} bytes left, {num_bytes:,} are needed", status=1)
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in DISK_IS_FULL):
+            raise
+        free = shutil.disk_usage(folder).free
+        fail(f"{folder}: the disk is full, {free:,} bytes are left; could not write: {first_line(error)}", status=1)
+
+
+def input_digests(flags: dict) -> dict[str, dict[str, str]]:
+    """-> {flag: {file: hash of its content}}; a file of the flag's own is "", a hub name has none."""
+    found = {}
+    for flag in INPUTS:
+        value = flags.get(flag)
+        if not value:
+            continue
+        path = file_of(value)
+        if path.is_file():
+            found[flag] = {"": digest(path)}
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in INPUT_KINDS)
+            found[flag] = {str(file.relative_to(path)): digest(file) for file in files}
+    return found
+
+
+def digest(path) -> str:
+    """A hash of a file's content; of large weights, of the size and of sixteen pieces, so that it takes no time."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix != ".safetensors" or size < 2**28:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(str(size).encode())
+        for i in range(16):
+            file.seek(size * i // 16)
+            found.update(file.read(2**20))
+        return found.hexdigest()
+
+
+def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
+    """Refuses to resume with other content than the run began with; where it lies does not matter."""
+    now = input_digests(flags)
+    for flag in INPUTS:
+        old = before.get(flag, {})
+        new = now.get(flag, {})
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                file = file_of(flags[flag]) / name
+                change = "has changed" if name in new and name in old else "is new" if name in new else "is missing"
+                fail(f"--resume {folder}: {file} {change} since the run began (--{flag.replace('_', '-')})")
+
+
+def pair_metrics(rows: list[dict]) -> dict[str, float]:
+    """Of held-out pairs: `rows` are a chosen and a rejected response in turn, each with its reward and its length.
+
+    The interval is half the width of the accuracy's 95% interval.
+    """
+    rewards = torch.tensor([row["reward"] for row in rows])
+    lengths = torch.tensor([float(row["length"]) for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    right = accuracy(margins_B).mean().item()
+    return dict(
+        eval_accuracy=right,
+        eval_accuracy_interval=1.96 * (right * (1 - right) / len(margins_B)) ** 0.5,
+        eval_margin=margins_B.mean().item(),
+        eval_score=rewards.mean().item(),
+        eval_score_std=rewards.std().item(),
+        eval_length_correlation=torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].item(),
+    )
+
+
+def accuracy(margins_B):
+    """1 where the chosen response has the greater score, ½ in a tie -> (B,)."""
+    wins_B = (margins_B > 0).float()
+    ties_B = (margins_B == 0).float()
+    return wins_B + 0.5 * ties_B
+
+
+def calibration_table(rows, bins: int = 5) -> str:
+    """Of the held-out pairs that the model claims to know with some certainty: how often is it right?"""
+    rewards = torch.tensor([row["reward"] for row in rows])
+    margins_B = rewards[::2] - rewards[1::2]
+    certainty_B = margins_B.abs().sigmoid()
+    right_B = (margins_B > 0).float()
+    lines = ["Certainty    pairs   predicted   observed"]
+    for i in range(bins):
+        low = 0.5 + 0.5 * i / bins
+        high = low + 0.5 / bins
+        inside_B = (certainty_B >= low) & ((certainty_B < high) | (i == bins - 1))
+        means = [f"{x_B[inside_B].mean():.2f}" if inside_B.any() else "–" for x_B in (certainty_B, right_B)]
+        lines.append(f"{low:.1f} to {high:.1f} {inside_B.sum():8} {means[0]:>11} {means[1]:>10}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- 10. Flags and processes
+#
 # Whatever a user may get wrong ends with one line that says what to do, before anything expensive has begun.
 
 
