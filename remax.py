@@ -72,8 +72,8 @@ class Args:
     """Maximum number of tokens of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
-    rollout_batch_size: PositiveInt = 128
-    """Rows that one rank decodes at once, at least those of one prompt; changes memory, not the distribution."""
+    rollout_batch_size: PositiveInt | None = None
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -105,7 +105,7 @@ class Args:
     gamma: Fraction = 1.0
     """Discount per token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; master weights are float32 in both."""
+    """Type of the computation; master weights are float32, and with --zero-stage 1 to 3 so are summed gradients."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
@@ -115,7 +115,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers; eager for models that have no sdpa."""
+    """Attention of transformers; eager if a model lacks sdpa; flash_attention_2 copies padded caches at each token."""
 
     # ReMax
     num_samples: PositiveInt = 1

@@ -82,7 +82,7 @@ class Args:
     max_grad_norm: PositiveFloat = 50.0
     """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; master weights are float32 in both."""
+    """Type of the computation; master weights are float32, and with --zero-stage 1 to 3 so are summed gradients."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 shards nothing over ranks, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False
@@ -92,7 +92,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers; eager for models that have no sdpa."""
+    """Attention of transformers; eager if a model lacks sdpa; flash_attention_2 copies padded caches at each token."""
 
     # Preferences
     chosen_column: str = "chosen"
