@@ -4,9 +4,7 @@
 
 Each script runs in a process of its own (step.py) for three updates of two or more micro-batches on random weights, so
 that Adam's moments and accumulated gradients are in memory; the reward model is as large as the policy. The arithmetic
-counts resident bytes per parameter. A trained model has weights, gradients and Adam's two moments (float32: 4 + 4 + 8;
-bfloat16: 2 + 2 and 12 for float32 master weights and moments; during its step also a float32 copy of the gradients, 4);
-a frozen one has weights alone. It leaves out activations, the cache of a rollout, logits and the imports. Appends to
+is `device_bytes`; `python benchmark/memory.py --scripts` prints its tables alone. Appends to
 benchmark/results/memory.jsonl.
 """
 
@@ -60,7 +58,8 @@ SHAPES = {
     "1.5B": Shape(1.54e9, 28, 1536, 256, 8960, 151_936),  # Qwen2.5
     "7B": Shape(6.74e9, 32, 4096, 4096, 11008, 32_000),  # Llama 2, whose cache is the largest of its size
 }
-BUCKET = 5e8  # DeepSpeed collects the gradients of so many weights before it reduces them
+BUCKET = 5e8  # weights whose gradients DeepSpeed collects before it reduces them
+LIVE = 1e9  # weights of a frozen model in CPU memory that DeepSpeed has on the device at once
 CACHE = 16 * 2**30  # bytes; the default of --rollout-batch-size
 
 
@@ -84,66 +83,64 @@ class Setting:
         words = [f"--zero-stage {self.zero_stage}"] if self.zero_stage else []
         words += ["--offload"] if self.offload else []
         words += ["--gradient-checkpointing"] if self.gradient_checkpointing else []
-        words += [f"--micro-batch-size {self.micro_batch_size}"]
+        words += [f"--micro-batch-size {self.micro_batch_size}"] if self.micro_batch_size != 8 else []
         words += [f"--rollout-batch-size {self.rollout_batch_size}"] if self.rollout_batch_size < 128 else []
         return " ".join(words)
 
 
-def trained_bytes(bf16: bool, zero_stage: int, ranks: int, offload: bool) -> float:
-    """Peak on one device per parameter of a model in training, as allocations count it (test_memory.py).
+def trained_bytes(bf16: bool, zero_stage: int, ranks: int, offload: bool) -> tuple[float, float]:
+    """-> (resident bytes, more while it steps) on one device, per parameter of a model in training.
 
-    ZeRO-0 has one copy of float32 gradients in its step (bfloat16). Stages 1 to 3 add up float32 gradients, and stages
-    2 and 3 shard them. The optimizer state is float32: weights (bfloat16 only), two moments.
+    As allocations count them (tests/test_benchmark.py): the optimizer state is float32 and has a copy of the weights
+    but for float32 at ZeRO-0; stages 1 to 3 add up gradients in float32 and may shard them. Of several models in
+    training one steps at a time. The gradients of the last backward, in the model's type, are with the bucket.
     """
     weights = 2 if bf16 else 4
-    state = 12 if bf16 else 8
-    if zero_stage == 0:
-        return weights + state + (6 if bf16 else 4)
     if offload:
-        return 2 * weights / (ranks if zero_stage == 3 else 1)  # weights, and gradients on their way to the host
+        return weights / (ranks if zero_stage == 3 else 1), 0
+    if zero_stage == 0:
+        return (16, 4) if bf16 else (16, 0)
     if zero_stage == 1:
-        return weights + (8 if bf16 else 8) + (state + 4 * (not bf16)) / ranks
+        return (8 + 12 / ranks, 2) if bf16 else (8 + 12 / ranks, 4 / ranks)
     if zero_stage == 2:
-        return 2 * weights + (state + 4 + 4 * (not bf16)) / ranks
-    return (25 if bf16 else 27) / ranks
+        return weights + 16 / ranks, 0 if bf16 else 4 / ranks
+    return (19 / ranks, 4 / ranks) if bf16 else (23 / ranks, 4 / ranks)
 
 
 def device_bytes(shape: Shape, setting: Setting) -> dict[str, float]:
-    """Bytes on one device by part; the peak is their sum, as if a rollout's cache met an update's activations.
-
-    It does not: so `peak` takes the larger of the two.
-    """
+    """Bytes on one device, by part. All of our arithmetic about memory is here and in `trained_bytes`."""
     weights = 2 if setting.bf16 else 4
     trained, frozen = MODELS[setting.script]
     frozen -= frozen > 0 and not setting.reward_model
-    per_parameter = trained_bytes(setting.bf16, setting.zero_stage, setting.ranks, setting.offload)
+    resident, in_step = trained_bytes(setting.bf16, setting.zero_stage, setting.ranks, setting.offload)
     sharded = setting.ranks if setting.zero_stage == 3 else 1
     parts = {}
     if setting.lora_rank:  # policy and reference share one frozen copy
-        per_layer = 4 * 2 * shape.width + 3 * (shape.width + shape.middle) - 2 * (shape.width - shape.keys)
-        adapters = setting.lora_rank * per_layer * shape.layers
-        copies = trained + (frozen - 1 if setting.reward_model else 0) * (frozen > 0)
-        parts["trained"] = trained * adapters * per_parameter
-        parts["frozen"] = copies * shape.parameters * weights
+        matrices = 2 * (shape.width + shape.width) + 2 * (shape.width + shape.keys) + 3 * (shape.width + shape.middle)
+        adapters = setting.lora_rank * matrices * shape.layers
+        parts["trained"] = adapters * (trained * resident + in_step)
+        parts["frozen"] = (trained + max(0, frozen - 1)) * shape.parameters * weights
     else:
-        alive = min(frozen, 1) if setting.offload else frozen
-        parts["trained"] = trained * shape.parameters * per_parameter
-        parts["frozen"] = alive * shape.parameters * weights / (1 if setting.offload else sharded)
-        if setting.zero_stage == 3:  # a rollout gathers the policy
-            parts["trained"] += shape.parameters * weights * (1 - 1 / sharded)
-    if setting.zero_stage:
-        parts["bucket"] = BUCKET * weights
+        gathered = weights * (1 - 1 / sharded)  # the policy, for a rollout
+        parts["trained"] = shape.parameters * (trained * resident + in_step + gathered)
+        parts["frozen"] = frozen * shape.parameters * weights / sharded
+        if setting.offload:
+            parts["frozen"] = min(frozen, 1) * min(shape.parameters, LIVE) * weights
+    if setting.zero_stage:  # and with it the gradients of as many weights, from backward
+        parts["bucket"] = (BUCKET + min(shape.parameters, BUCKET)) * weights
     row = setting.tokens * 2 * shape.layers * shape.keys * weights
     parts["cache"] = min(setting.rollout_batch_size, max(1, CACHE // row)) * row
     layer = (12 * shape.width + 2 * shape.keys + 4 * shape.middle) * weights  # measured, of a token, as backward needs it
-    layers = shape.layers * 2 * shape.width * weights / 2 + layer if setting.gradient_checkpointing else shape.layers * layer
+    layers = shape.layers * layer
+    if setting.gradient_checkpointing:
+        layers = shape.layers * shape.width * weights + layer
     parts["activations"] = setting.micro_batch_size * setting.tokens * layers
     parts["logits"] = min(2**25, setting.micro_batch_size * setting.tokens * shape.vocabulary) * 16
     return parts
 
 
 def peak_gb(shape: Shape, setting: Setting) -> float:
-    """Gigabytes, with one for CUDA itself."""
+    """Gigabytes, with one for CUDA itself. A rollout's cache and an update's activations do not meet."""
     parts = device_bytes(shape, setting)
     of_a_rollout = parts.pop("cache")
     of_an_update = parts.pop("activations") + parts.pop("bucket", 0)
@@ -166,7 +163,7 @@ def first_that_fits(card: float, ranks: int, size: str, lora_rank: int, reward_m
             setting = Setting(ranks=ranks, lora_rank=lora_rank, reward_model=reward_model, **kind, **less)
             gb = peak_gb(SHAPES[size], setting)
             if gb <= 0.9 * card:
-                return f"`{setting.flags()}`: {gb:.0f}"
+                return f"{gb:.0f}: `{setting.flags()}`" if setting.flags() else f"{gb:.0f}"
     return "does not fit"
 
 
@@ -197,9 +194,9 @@ def adapters() -> str:
     return markdown_table(["model", "reward", "all weights", "`--lora-rank 16`", "`--lora-rank 64`"], lines)
 
 
-def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int = 1, offload: bool = False) -> float:
-    """Weights and optimizer state on one device, per parameter of the policy."""
-    shape = Shape(1, 0, 0, 1, 0, 0)
+def resident_bytes(script: str, bf16: bool, parameters: float = 1, zero_stage=0, ranks=1, offload=False) -> float:
+    """Weights, gradients and optimizer state on one device, of a policy of so many parameters."""
+    shape = Shape(parameters=parameters, layers=1, width=1, keys=1, middle=1, vocabulary=1)
     setting = Setting(script=script, bf16=bf16, zero_stage=zero_stage, ranks=ranks, offload=offload)
     parts = device_bytes(shape, setting)
     return parts["trained"] + parts["frozen"]
@@ -218,7 +215,7 @@ def extrapolated() -> str:
                 cells = []
                 for n in SIZES.values():
                     for script in ("spr", "remax", "ppo"):
-                        cells.append(f"{bytes_per_parameter(script, **settings) * n / 1e9:.0f}")
+                        cells.append(f"{resident_bytes(script, parameters=n, **settings) / 1e9:.0f}")
                 lines.append([str(ranks), str(zero_stage), "yes" if offload else "no", *cells])
     return markdown_table(["devices", "ZeRO", "offload", *titles], lines)
 
@@ -242,7 +239,7 @@ def main() -> None:
     head = commit()
     imports = round(imports_mb(), 1)
     measured = ["--workload", args.workload, "--micro-batch-size", str(args.micro_batch_size), f"--flags={args.flags}"]
-    arithmetic = {script: bytes_per_parameter(script, bf16="bfloat16" in args.flags) for script in args.scripts}
+    arithmetic = {script: resident_bytes(script, bf16="bfloat16" in args.flags) for script in args.scripts}
     peaks = {script: [] for script in args.scripts}
     for _ in range(args.repeats):
         for script in args.scripts:

@@ -48,7 +48,7 @@ PAIRS = ("reward_model", "dpo")
 class Args:
     script: Literal["remax", "reinforce", "ppo", "spr", "spr_token", "sft", "reward_model", "dpo"] = "remax"
     """Script to measure."""
-    workload: Literal["W1", "W2", "M1", "G1", "G2", "G3", "tiny"] = "W1"
+    workload: Literal["W1", "W2", "M1", "G1", "G2", "G3", "G4", "tiny"] = "W1"
     """Model and batch, see workloads.py."""
     steps: int = 5
     """Updates to take the median of, after one to warm up."""

@@ -1,7 +1,7 @@
 """What the benchmarks compute: random weights, random prompts of one length, one character per token.
 
 Needs torch and transformers only, so that other libraries can be measured in an environment of their own. W1, W2 and
-M1 (for memory) fit a CPU; G1 to G3 are for a GPU. `tiny` is for tests.
+M1 (for memory) fit a CPU; G1 to G4 are for a GPU (gpu.py has prompts of unequal length). `tiny` is for tests.
 """
 
 from pathlib import Path
@@ -15,8 +15,9 @@ EOS, PAD = 0, 1
 GPT2 = dict(n_positions=1024, vocab_size=50257, n_embd=768, n_layer=12, n_head=12)  # 124 million weights
 SMALL = dict(n_positions=256, vocab_size=1000, n_embd=128, n_layer=4, n_head=4)
 TINY = dict(n_positions=64, vocab_size=100, n_embd=16, n_layer=2, n_head=2)
-OPT = dict(vocab_size=50272, max_position_embeddings=2048, hidden_size=2048, word_embed_proj_dim=2048)
-OPT |= dict(ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32)  # 1.3 billion
+QWEN = dict(vocab_size=128_000, max_position_embeddings=32768, num_key_value_heads=2, tie_word_embeddings=True)
+HALF_A_BILLION = QWEN | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
+THREE_BILLION = QWEN | dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16)
 LLAMA = dict(vocab_size=32000, max_position_embeddings=4096, hidden_size=4096, intermediate_size=11008)
 LLAMA |= dict(num_hidden_layers=32, num_attention_heads=32)  # 6.7 billion
 
@@ -26,8 +27,9 @@ WORKLOADS = {
     "W2": ("gpt2", GPT2, 8, 32, 32),
     "M1": ("gpt2", GPT2, 16, 64, 64),
     "G1": ("gpt2", GPT2, 256, 64, 128),
-    "G2": ("opt", OPT, 256, 64, 128),
-    "G3": ("llama", LLAMA, 64, 64, 128),
+    "G2": ("qwen2", HALF_A_BILLION, 256, 64, 128),
+    "G3": ("qwen2", THREE_BILLION, 128, 64, 128),
+    "G4": ("llama", LLAMA, 64, 64, 128),
     "tiny": ("gpt2", TINY, 4, 5, 6),
 }
 
@@ -46,12 +48,13 @@ def character_tokenizer(vocab_size: int, positions: int):
 def save_policy(folder: Path, kind: str, dtype: str = "float32", **shape) -> None:
     """A language model with random weights, without dropout, and its tokenizer."""
     ids = dict(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)
-    drop = dict(gpt2=dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), opt=dict(dropout=0.0), llama={})[kind]
+    drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) if kind == "gpt2" else {}
     if kind == "gpt2":
         shape["activation_function"] = "gelu_pytorch_tanh"  # one kernel in place of the eight of GPT-2's gelu_new
     config = transformers.AutoConfig.for_model(kind, **shape, **ids, **drop)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 7 billion take minutes on a CPU
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     character_tokenizer(config.vocab_size, config.max_position_embeddings).save_pretrained(folder)
 
@@ -60,7 +63,8 @@ def save_reward_model(folder: Path, policy: str, dtype: str = "float32") -> None
     """A scalar head with random weights on the policy's architecture."""
     config = transformers.AutoConfig.from_pretrained(policy, num_labels=1)
     torch.manual_seed(1)
-    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
 

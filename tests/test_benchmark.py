@@ -8,7 +8,7 @@ import sys
 import typing
 
 import pytest
-from conftest import ROOT, SCRIPTS, assert_ok, fields_of, run_script, together
+from conftest import ROOT, SCRIPTS, assert_ok, fields_of, forked, run_script, together
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import choice  # noqa: E402
@@ -305,13 +305,92 @@ def test_gold_rewards_are_compared_at_equal_kl():
     assert tuned.lead(near, far) == "-0.05 ± 0.10" and tuned.lead(far, near) == "+0.05 ± 0.10"
 
 
+def allocated(**flags) -> tuple[int, int, int]:
+    """-> (parameters, peak, and what is there before the last step), in bytes that allocations of a training count."""
+    import gc
+    import tempfile
+
+    import torch
+    import transformers
+    from conftest import start_backend
+    from torch.profiler import ProfilerActivity, profile, record_function
+    from workers.engine_worker import as_policy, data, loss_of
+
+    import common
+
+    backend = start_backend(**flags)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        shape = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=4)
+        config = transformers.LlamaConfig(**shape, vocab_size=1000, max_position_embeddings=64)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, flags["dtype"]))
+        parameters = sum(weight.numel() for weight in model.parameters())  # ZeRO-3 empties them
+        engine = common.train_engine(as_policy(model).engine, backend, 1.0)
+        for _ in range(2):
+            common.backward(engine, loss_of(engine, slice(0, 4), data()), is_last=False)
+            common.backward(engine, loss_of(engine, slice(4, 8), data()), is_last=True)
+            with record_function("before the step"):
+                torch.empty(1)
+            common.optimizer_step(engine, 1e-3)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.load(open(file.name))["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    step = [event["ts"] for event in events if event.get("name") == "before the step"][-1]
+    totals = [event["args"]["Total Allocated"] - before for event in memory]
+    at_step = [total for event, total in zip(memory, totals) if event["ts"] < step][-1]
+    return parameters, max(totals), at_step
+
+
+@pytest.mark.parametrize("dtype, zero_stage", [("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3), ("float32", 0)])
+def test_the_arithmetic_of_memory_is_what_a_training_allocates(dtype, zero_stage):
+    import memory
+
+    parameters, peak, _ = forked(allocated_with, dtype, zero_stage, False)
+    shape = memory.Shape(parameters, layers=4, width=512, keys=512, middle=2048, vocabulary=1000)
+    setting = memory.Setting("sft", bf16=dtype == "bfloat16", zero_stage=zero_stage, micro_batch_size=4, tokens=14)
+    parts = memory.device_bytes(shape, setting)
+    del parts["cache"]
+    assert peak == pytest.approx(sum(parts.values()), rel=0.06)
+
+
+def test_offload_takes_20_bytes_of_the_host_per_parameter():
+    parameters, _, at_step = forked(allocated_with, "bfloat16", 2, True)
+    on_the_device = 2 + 2  # weights, and gradients of the last backward
+    assert at_step / parameters - on_the_device == pytest.approx(20, abs=0.5)
+
+
+def allocated_with(dtype, zero_stage, offload):
+    return allocated(dtype=dtype, zero_stage=zero_stage, offload=offload)
+
+
+def test_adapters_take_2_bytes_of_a_frozen_weight_and_20_of_a_trained_one():
+    import memory
+
+    shape = memory.SHAPES["7B"]
+    parts = memory.device_bytes(shape, memory.Setting(lora_rank=16, reward_model=False))
+    assert parts["frozen"] == 2 * shape.parameters
+    assert parts["trained"] == 20 * 39_976_960  # of peft on Llama-2-7B, all linear layers
+    both = memory.device_bytes(shape, memory.Setting(lora_rank=16))
+    assert both["frozen"] == 4 * shape.parameters  # the reward model, too
+    assert both["trained"] == parts["trained"]
+
+
+def test_the_pages_show_the_tables_that_memory_prints():
+    import memory
+
+    assert memory.cards() in (ROOT / "README.md").read_text()
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    assert memory.adapters() in page
+
+
 @pytest.mark.slow
 def test_memory_and_scaling_print_their_tables(tmp_path, monkeypatch, capfd):
     import memory
     import scaling
 
-    assert memory.bytes_per_parameter("remax", bf16=False) == 24 and memory.bytes_per_parameter("ppo", bf16=False) == 40
-    assert memory.bytes_per_parameter("ppo", True, 2, 8) == 2 * (2 + 14 / 8) + 4 / 8 + 4
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a group that we have joined
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(scaling, "BASE", dict(width=16, batch_size=4, response_length=4, vocab_size=50))
