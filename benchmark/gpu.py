@@ -5,9 +5,10 @@
 speed: a copy's bandwidth and a bfloat16 matrix product. weights: random ones, made on the device, into --folder.
 decode: tokens per second of our loop and of transformers' `generate`, and the share of the copy's bandwidth (weights
 and half of the final cache, read once a token). update: seconds and peak memory of the updates of a script, and FLOP/s
-of its training part as a share of the product's (2 per parameter and token for a forward, 6 to train, 8 with gradient
-checkpointing, without attention). smoke: two updates of a small model, whose finite gradients are counted. Prompts
-have unequal lengths, so that masks are at work. failed: a row for a step that was killed. table: all rows.
+of its training part as a share of the product's (2 per parameter and token for a forward, 6 to train, 4 with adapters,
+2 more with gradient checkpointing, without attention). smoke: two updates of a small model, whose finite gradients are
+counted. Prompts have unequal lengths, so that masks are at work. failed: a row for a step that was killed. table: all
+rows.
 """
 
 import argparse
@@ -36,7 +37,9 @@ OWN = dict(
 )
 PAIRS = ("reward_model", "dpo")
 SMOKE = ("llama", dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2), 16, 40, 24)
-SMOKE[1].update(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)  # 40 + 24 tokens: see #196678
+SMOKE[1].update(
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128
+)  # 40 + 24 tokens: see #196678
 
 
 def workload(name: str) -> tuple:
@@ -171,8 +174,6 @@ def run(args, log) -> None:
 
 def update(args) -> None:
     """A row for each update after the first, which warms up. No token ends a response."""
-    import torch
-
     import common
 
     _, _, batch_size, prompt_length, response_length = workload(args.workload)
@@ -188,12 +189,11 @@ def update(args) -> None:
     def log(self, number, metrics):
         kept(self, number, metrics)
         if number < 2:
-            if torch.cuda.is_available():
-                sizes["before"] = torch.cuda.max_memory_allocated()
             return
         train = metrics["seconds_train"]
         is_ppo = args.script == "ppo"
-        work = 8 if "checkpointing" in args.flags else 6
+        work = 4 if "lora" in args.flags else 6  # frozen weights have no gradients
+        work += 2 if "checkpointing" in args.flags else 0
         work = work * (2 if is_ppo else 1) + (6 if is_ppo else 2)  # forwards: the reference; old policy and values
         tokens = batch_size * (0.75 * prompt_length + response_length)
         seconds = {name: value for name, value in metrics.items() if name.startswith("seconds_")}

@@ -130,7 +130,9 @@ def device_bytes(shape: Shape, setting: Setting) -> dict[str, float]:
         parts["bucket"] = (BUCKET + min(shape.parameters, BUCKET)) * weights
     row = setting.tokens * 2 * shape.layers * shape.keys * weights
     parts["cache"] = min(setting.rollout_batch_size, max(1, CACHE // row)) * row
-    layer = (12 * shape.width + 2 * shape.keys + 4 * shape.middle) * weights  # measured, of a token, as backward needs it
+    layer = (
+        12 * shape.width + 2 * shape.keys + 4 * shape.middle
+    ) * weights  # measured, of a token, as backward needs it
     layers = shape.layers * layer
     if setting.gradient_checkpointing:
         layers = shape.layers * shape.width * weights + layer

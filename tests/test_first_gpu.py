@@ -1,15 +1,19 @@
 """What is done for the first run on a GPU, without one: counted calls, simulated bytes and functions that pretend."""
 
 import dataclasses
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import left_padded, number_tokenizer, run_here, start_backend, tiny_model
+from conftest import ROOT, left_padded, number_tokenizer, run_here, start_backend, tiny_model
 from test_frozen_models import FLAGS, OWN
 from workers.engine_worker import as_policy, data, loss_of
 
 import common
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import leaving  # noqa: E402
 
 SAMPLING = common.Sampling(max_prompt_length=8, response_length=8, temperature=1.0, batch_size=None)
 
@@ -137,38 +141,39 @@ def test_the_load_check_grants_a_step_of_the_type_and_no_more(tmp_path, monkeypa
 # ---------------------------------------------------------------- Rows leave when a tenth has ended
 
 
-class Counted(common.RoomyLayer):
-    """Counts the bytes that leaving rows move: read and written, keys and values."""
+@pytest.mark.parametrize("kind", leaving.KINDS)
+def test_leaving_rows_move_the_bytes_of_the_simulation(monkeypatch, kind):
+    """40 rows end at drawn lengths; counted in the decoding loop itself."""
+    lengths_N = torch.tensor(leaving.lengths_of(kind, rows=40, room=48))
+    model = tiny_model("gpt2").eval()
+    moved = []
+    reorder_cache = common.RoomyLayer.reorder_cache
 
-    moved: list[int] = []
+    def counted(layer, rows_N):
+        reorder_cache(layer, rows_N)
+        moved.append(2 * layer.key_buffer.nbytes)
 
-    def reorder_cache(self, rows_N):
-        super().reorder_cache(rows_N)
-        self.moved.append(len(rows_N))
+    in_batch = [torch.arange(40)]  # row numbers, which leave as the cache's rows do
 
+    def end_by_length(logits_NV):
+        step[0] += 1
+        while len(in_batch[-1]) > len(logits_NV):
+            going_N = lengths_N[in_batch[-1]] >= step[0]
+            in_batch.append(in_batch[-1][going_N])
+        return torch.where(lengths_N[in_batch[-1]] <= step[0], 1, 5)
 
-def test_rows_leave_the_decoded_batch_by_tenths(monkeypatch):
-    """40 rows, of which one ends at each token: 36 are kept first, then 32, …"""
-    model = tiny_model("gpt2", vocab_size=50).eval()
-    Counted.moved.clear()
-    monkeypatch.setattr(common, "RoomyLayer", Counted)
-    calls = []
-
-    def one_more_ends(logits_NV):
-        calls.append(len(logits_NV))
-        token_N = torch.full((len(logits_NV),), 5)
-        token_N[-len(calls) :] = 1
-        return token_N
-
-    monkeypatch.setattr(common, "sample", one_more_ends)
+    step = [0]
+    monkeypatch.setattr(common.RoomyLayer, "reorder_cache", counted)
+    monkeypatch.setattr(common, "sample", end_by_length)
     prompts_BP, mask_BP = left_padded([[3, 4]] * 40)
-    sampling = dataclasses.replace(SAMPLING, response_length=8)
+    sampling = dataclasses.replace(SAMPLING, response_length=48)
     common.generate(model, prompts_BP, mask_BP, [1], sampling, num_samples=1, greedy=False)
-    of_one_layer = Counted.moved[:: model.config.n_layer]
-    assert of_one_layer[0] == 40  # each row takes its prompt's cache
-    for before, after in zip(of_one_layer, of_one_layer[1:]):
-        assert after <= 0.9 * before
-    assert len(of_one_layer) > 1
+    per_token = model.config.n_embd * 4  # keys of a layer, float32
+    of_leaving = moved[model.config.n_layer :: model.config.n_layer]  # without the copies of the prompts, one layer
+    _, expected = leaving.traffic(lengths_N.tolist(), prompt_length=2, room=48, share=0.9)
+    assert sum(of_leaving) == expected * per_token
+    _, at_once = leaving.traffic(lengths_N.tolist(), prompt_length=2, room=48, share=1.0)
+    assert expected < at_once
 
 
 # ---------------------------------------------------------------- The end of a process
@@ -187,5 +192,3 @@ def test_the_timeout_of_a_group_is_hours():
     with patch.object(common.deepspeed, "init_distributed") as init:
         start_backend()
     assert init.call_args.kwargs["timeout"].total_seconds() > 2 * 60 * 60
-
-
