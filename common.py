@@ -2411,8 +2411,9 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=6))
     atexit.register(leave_processes)
     # From 2.11 on torch prefers cuDNN's attention on H100 and H200 where there is a mask. Its backward may give NaN where
-    # a text's length is 64 more than a multiple of 128 (pytorch#196678), and it plans anew for each length (#155958).
-    # Without it prompts of one length, which need no mask, take the flash kernel, and padded ones the memory-efficient one.
+    # a row's length is 64 more than a multiple of 128 (pytorch#196678), and it plans anew for each length (#155958).
+    # Without it torch takes the flash kernel where no mask is needed (prompts of one length), else the
+    # memory-efficient one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
     if torch.cuda.is_available():

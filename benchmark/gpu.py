@@ -32,14 +32,14 @@ def reward(prompts, responses):
 OWN = dict(
     ppo="--num-epochs 1",
     grpo="--num-samples 2",
-    spr="--num-samples 2 --completion-column none --num-epochs 1 --num-minibatches 1",
+    spr="--num-samples 2 --num-epochs 1 --num-minibatches 1",
     spr_token="--num-samples 2 --num-epochs 1 --value-epochs 1 --num-minibatches 1",
 )
 PAIRS = ("reward_model", "dpo")
 SMOKE = ("llama", dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2), 16, 40, 24)
 SMOKE[1].update(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128
-)  # 40 + 24 tokens: see #196678
+)  # 40 + 24 tokens: #196678
 
 
 def workload(name: str) -> tuple:

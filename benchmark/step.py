@@ -299,6 +299,9 @@ def main() -> None:
             dict(prompt=texts[i], completion=responses[i], chosen=responses[i], rejected=responses[batch_size + i])
             for i in range(batch_size)
         ]
+        if args.script != "sft":  # else spr.py would learn from the completions, too
+            for row in rows:
+                del row["completion"]
         (folder / "data.jsonl").write_text(common.json_lines(rows))
         prompts_per_update = batch_size * 2 if args.script == "sft" else batch_size
         micro_batch_size = args.micro_batch_size or batch_size * (2 if args.script in TWO_ROWS else 1)
@@ -315,7 +318,7 @@ def main() -> None:
         if args.script == "ppo":
             flags += ["--num-epochs", str(args.ppo_epochs)]
         elif args.script == "spr":
-            flags += "--num-samples 2 --completion-column none --num-epochs 1 --num-minibatches 1".split()
+            flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split()
         elif args.script == "spr_token":
             flags += "--num-samples 2 --num-epochs 1 --value-epochs 1 --num-minibatches 1".split()
         elif args.script == "sft":
