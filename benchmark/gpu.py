@@ -85,14 +85,14 @@ def speed(args) -> None:
 
 
 def weights(args) -> None:
-    """A policy, a reward model of its size (but of 3 billion weights and more a function), and data, in the folder."""
+    """A policy, a reward model of its size or a function, and data, in the folder."""
     import transformers
     import workloads
 
     kind, shape, batch_size, prompt_length, response_length = workload(args.workload)
     start = time.perf_counter()
     workloads.save_policy(args.folder / "policy", kind, "bfloat16", **shape)
-    if args.workload not in ("G3", "G4"):
+    if not args.reward_function:
         workloads.save_reward_model(args.folder / "reward_model", str(args.folder / "policy"), "bfloat16")
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder / "policy")
     generator = random.Random(0)
@@ -121,7 +121,9 @@ def decode(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as start_processes does
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(args.folder / "policy", dtype=torch.bfloat16).eval().to(device)
+    model = load(args.folder / "policy", dtype=torch.bfloat16).eval()
+    per_token = common.cache_bytes_per_token(model)
+    model.to(device)
     rows = min(batch_size, 128)
     lines = (args.folder / "data.jsonl").read_text().splitlines()[:rows]
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
@@ -135,8 +137,7 @@ def decode(args) -> None:
         settings = dict(do_sample=True, top_k=0, max_new_tokens=response_length, min_new_tokens=response_length)
         model.generate(prompts_BP, attention_mask=mask_BP, pad_token_id=1, **settings)
 
-    cache = rows * (prompt_length + response_length / 2) * common.cache_bytes_per_token(model.cpu())
-    model.to(device)
+    cache = rows * (prompt_length + response_length / 2) * per_token
     num_bytes = response_length * (sum(weight.nbytes for weight in model.parameters()) + cache)
     for who, function in (("ours", ours), ("generate", theirs)):
         seconds = synchronized_seconds(function, args.repeats)
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3, help="to measure, after one to warm up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=8192, help="rows and columns of the matrices")
+    parser.add_argument("--reward-function", action="store_true", help="no reward model, which may not fit beside")
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("work"))
     parser.add_argument("--results", type=Path, required=True)

@@ -38,10 +38,10 @@ step() { # flags of gpu.py
     echo "   $((SECONDS - start)) s"
 }
 
-weights() { # workload: of the only size on the disk
+weights() { # workload, and more flags: of the only size on the disk
     rm -rf "$work/model"
     mkdir -p "$work/model"
-    step weights --workload "$1" --folder "$work/model"
+    step weights --workload "$@" --folder "$work/model"
 }
 
 update() { # script, workload, name, flags
@@ -82,28 +82,30 @@ smoke() { # every script and stage, with prompts of unequal length, to its end
 }
 
 pair() { # workload, flags: decoding, then ReMax beside PPO
-    weights "$1"
     step decode --workload "$1" --folder "$work/model" --repeats $repeats
     update remax "$1" remax "$2"
     update ppo "$1" "ppo, 1 epoch" "$2"
 }
 
 small() {
+    weights $G1
     pair $G1 "--micro-batch-size 64"
     trl $G1 64
 }
 
 half() {
+    weights $G2
     pair $G2 "--micro-batch-size 32 --gradient-checkpointing"
     trl $G2 32
 }
 
 three() { # with a reward function; PPO's second model may not fit, and its row then says so
+    weights $G3 --reward-function
     pair $G3 "--micro-batch-size 8 --gradient-checkpointing"
 }
 
 seven() { # adapters on 7 billion weights, with a reward function
-    weights $G4
+    weights $G4 --reward-function
     step decode --workload $G4 --folder "$work/model" --repeats 1
     update remax $G4 "remax, LoRA" "--micro-batch-size 8 --gradient-checkpointing --lora-rank 16"
 }
