@@ -2410,10 +2410,10 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
     # ranks. Where neither watches, NCCL's own limits are TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC and NCCL_TIMEOUT.
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=6))
     atexit.register(leave_processes)
-    # From 2.11 on torch prefers cuDNN's attention on H100 and H200 where there is a mask. Its backward may give NaN where
-    # a row's length is 64 more than a multiple of 128 (pytorch#196678), and it plans anew for each length (#155958).
-    # Without it torch takes the flash kernel where no mask is needed (prompts of one length), else the
-    # memory-efficient one.
+    # From 2.11 on torch prefers cuDNN's attention on H100 and H200 where there is a mask. Its backward may give NaN
+    # where a row's length is 64 more than a multiple of 128 (pytorch#196678), and it plans anew for each length
+    # (pytorch#155958). Without it torch takes the flash kernel where no mask is needed (prompts of one length), else
+    # the memory-efficient one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
     if torch.cuda.is_available():

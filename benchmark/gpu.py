@@ -37,9 +37,7 @@ OWN = dict(
 )
 PAIRS = ("reward_model", "dpo")
 SMOKE = ("llama", dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2), 16, 40, 24)
-SMOKE[1].update(
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128
-)  # 40 + 24 tokens: #196678
+SMOKE[1].update(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)  # 40 + 24 tokens: #196678
 
 
 def workload(name: str) -> tuple:

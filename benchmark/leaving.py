@@ -60,7 +60,9 @@ def table(rows: int, prompt_length: int, response_length: int) -> str:
         weights = (max(lengths) - 1) * WEIGHTS
         fewer_with_weights = (sum(by_tenths) + weights) / (sum(at_once) + weights) - 1
         shares = [f"{moved / (read + moved):.0%}" for read, moved in (at_once, by_tenths)]
-        lines.append([kind, *shares, f"{by_tenths[1] / at_once[1] - 1:.0%}", f"{fewer:.0%}", f"{fewer_with_weights:.0%}"])
+        lines.append(
+            [kind, *shares, f"{by_tenths[1] / at_once[1] - 1:.0%}", f"{fewer:.0%}", f"{fewer_with_weights:.0%}"]
+        )
     titles = ["lengths", "moved by leaving, at once", "by tenths", "moved", "all of the cache", "and weights"]
     return markdown_table(titles, lines)
 

@@ -3,9 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS, assert_ok, fields_of, forked, run_script, together
@@ -303,6 +306,57 @@ def test_gold_rewards_are_compared_at_equal_kl():
     far = [dict(kl=4.0, points=points), dict(kl=4.0, points=points)]
     near = [dict(kl=1.0, points=[dict(kl=0.0, gold=0.0), dict(kl=1.0, gold=gold)]) for gold in (0.1, 0.3)]
     assert tuned.lead(near, far) == "-0.05 ± 0.10" and tuned.lead(far, near) == "+0.05 ± 0.10"
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_killed_and_leaves_its_row(tmp_path):
+    """The program below ignores the first signal, as a script does until its update ends."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+        if [ "$2" = speed ]; then trap '' TERM; for i in $(seq 600); do sleep 0.1; done; fi
+        exec {sys.executable} "$@"
+        """
+    )
+    python.chmod(0o755)
+    environment = os.environ | dict(PYTHON=str(python), RESULTS=str(tmp_path / "rows"), LIMIT="1", TINY="1")
+    environment["WORK"] = str(tmp_path)
+    command = ["bash", str(ROOT / "benchmark" / "gpu.sh"), "speed"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    (row,) = rows.read_rows(tmp_path / "rows")
+    assert set(KEYS) <= set(row)
+    assert row["step"] == "failed" and row["status"] == 137
+    assert "ended by status 137" in result.stdout
+
+
+def test_gradients_that_are_not_finite_are_not_counted_as_finite(tmp_path):
+    found = forked(smoke_with_nan, str(tmp_path))
+    assert [row["tensors"] - row["finite"] for row in found] == [2, 4]  # two tensors in each of two updates
+
+
+def smoke_with_nan(folder) -> list[dict]:
+    """The smoke test of remax.py, in which the gradients of embedding and head are NaN."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import deepspeed
+    import gpu
+
+    full_gradient = deepspeed.utils.safe_get_full_grad
+
+    def poisoned(weight):
+        gradient = full_gradient(weight)
+        return gradient * float("nan") if weight.shape == (512, 256) else gradient
+
+    deepspeed.utils.safe_get_full_grad = poisoned
+    results = f"{folder}/rows"
+    for step in ("weights", "smoke"):
+        sys.argv = ["gpu.py", step, "--folder", folder, "--results", results, "--updates", "1"]
+        gpu.main()
+    return [row for row in rows.read_rows(Path(results)) if row["step"] == "smoke"]
+
+
+def test_the_page_says_that_no_gpu_has_run_as_long_as_there_are_no_rows():
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    assert ("No GPU has run this" in page) == (not (ROOT / "benchmark" / "results" / "gpu.jsonl").exists())
 
 
 def allocated(**flags) -> tuple[int, int, int]:
