@@ -910,7 +910,8 @@ DEFAULT_CACHE_BYTES = 16 * 2**30
 
 
 def gib(num_bytes) -> str:
-    return f"{num_bytes / 2**30:.2g} GiB"
+    size = num_bytes / 2**30
+    return f"{size:,.0f} GiB" if size >= 10 else f"{size:.2g} GiB"
 
 
 @torch.no_grad()

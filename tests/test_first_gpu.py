@@ -98,6 +98,7 @@ def test_offload_tells_what_the_host_needs(model, capsys):
     common.train_engine(as_policy(model).engine, backend, 1.0)
     num_bytes = 20 * sum(weight.numel() for weight in model.parameters())
     assert f"Offload: a trained model takes {common.gib(num_bytes)} of CPU memory" in capsys.readouterr().out
+    assert common.gib(20 * 6.74e9) == "126 GiB" and common.gib(2**20) == "0.00098 GiB"
     common.train_engine(as_policy(tiny_model("llama")).engine, start_backend(zero_stage=2), 1.0)
     assert "Offload" not in capsys.readouterr().out
 
