@@ -1475,13 +1475,14 @@ def cut_repeated_prompts(exchanges: list[Exchange]) -> int:
                 repeats = answer.startswith(exchange.prompt)
                 num_repeating += repeats
                 num_others += not repeats
-    if num_others:  # by chance, or because the task is to repeat
+    if num_others or not num_repeating:  # some may do so by chance, or because the task is to repeat
         return num_repeating
-    for exchange in exchanges if num_repeating else []:
+    for exchange in exchanges:
         if isinstance(exchange.prompt, str):
             exchange.form = "texts; answers repeat the prompt, which is cut off"
             for column, answer in exchange.answers.items():
-                exchange.answers[column] = answer and answer.removeprefix(exchange.prompt)
+                if answer is not None:
+                    exchange.answers[column] = answer.removeprefix(exchange.prompt)
     return 0
 
 
