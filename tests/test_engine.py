@@ -217,7 +217,7 @@ OWN = dict(
     remax="--total-episodes 40 --response-length 8 --num-samples 2",
     reinforce="--total-episodes 40 --response-length 8 --num-samples 2 --baseline leave-one-out",
     ppo="--total-episodes 40 --response-length 8 --num-epochs 2",
-    grpo="--total-episodes 24 --response-length 8 --num-samples 4 --num-epochs 2 --num-minibatches 2",
+    grpo="--total-episodes 24 --response-length 8 --num-samples 4 --num-epochs 2",
     spr="--total-episodes 16 --response-length 8 --num-samples 3 --num-minibatches 1 --num-epochs 3 --beta 0.5",
     spr_token="""
         --total-episodes 16 --response-length 8 --num-samples 1 --num-minibatches 1 --num-epochs 2
