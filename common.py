@@ -211,8 +211,8 @@ def pad(rows: list[list[int]], side, device: torch.device):
 # through the model once for both. The tests compare it with transformers' `generate`, which takes 1.4 times as long.
 
 
-def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstrations=False) -> Responses:
-    """Responses: `num_samples` sampled rows per prompt (adjacent, then its demonstration), and all greedy rows last."""
+def rollout(policy, prompts: list[Prompt], num_samples, greedy) -> Responses:
+    """Each prompt's `num_samples` sampled rows, then its demonstration if it has one; all greedy rows come last."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     rows_per_prompt = num_samples + greedy
     sampled = []
@@ -243,7 +243,7 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
     for i, prompt in enumerate(prompts):
         tokens += sampled[i * num_samples : (i + 1) * num_samples]
         row_prompts += num_samples * [prompt]
-        if demonstrations:
+        if prompt.demonstration:
             tokens.append(prompt.demonstration)
             row_prompts.append(prompt)
     if greedy:
@@ -269,7 +269,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
     # Prompts go through the model once. Then each row takes its own copy of its prompt's cache.
     cache = roomy_cache(model.config, room=T)
-    positions_BP = (prompt_mask_BP.cumsum(1) - 1).clamp(min=0)
+    positions_BP = positions_of(prompt_mask_BP)
     outputs = model(
         input_ids=prompts_BP,
         attention_mask=prompt_mask_BP,
@@ -504,15 +504,15 @@ class Reward:
             self.scorer = freeze(ScalarOutputs(classifier, zero), backend)
             self.device = backend.device
         elif prompt:
-            self.scores([prompt], [""])  # an error in the function shows now, not after the first rollout
+            self.score([prompt], [""])  # an error in the function shows now, not after the first rollout
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
-        rewards_B = self.scores(responses.prompts, responses.texts).to(responses.ended_B.device)
+        rewards_B = self.score(responses.prompts, responses.texts).to(responses.ended_B.device)
         rewards_B[~responses.ended_B] -= self.missing_eos_penalty
         return rewards_B
 
-    def scores(self, prompts: list[Prompt], texts: list[str]):
+    def score(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32: one finite number per response, without the penalty."""
         scores_B = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
         if len(scores_B) != len(prompts):
@@ -585,13 +585,12 @@ def micro_batches(lengths_B, size):
 def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
     limit_threads(module)
-    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
+    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, for hours
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
-    gradient_type = None  # of the model
-    if backend.dtype == "bfloat16" and backend.zero_stage > 0:  # ZeRO-0 cannot
-        gradient_type = "fp32"  # a sum of many micro-batches would be rounded in each of them
+    # In bfloat16 the sum of many micro-batches' gradients would be rounded at each of them. ZeRO-0 cannot avoid that.
+    adds_in_float32 = backend.dtype == "bfloat16" and backend.zero_stage > 0
     if backend.gradient_checkpointing:
         module.model.activation_checkpointing_enable()
     config = dict(
@@ -599,7 +598,7 @@ def train_engine(module, backend, max_grad_norm):
         gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
-        data_types=dict(grad_accum_dtype=gradient_type),
+        data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
         zero_optimization=zero,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
@@ -648,13 +647,15 @@ def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / (num_steps - warmup)
-    if schedule == "constant":
-        return peak
-    return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * (0.5 + 0.5 * math.cos(math.pi * done))
+    return peak
 
 
 def reset_optimizer(engine):
-    """Adam's moments and its count of steps are 0 again; frozen models that nobody uses any more leave the memory."""
+    """Resets Adam's moments and step count, and frees frozen models that are no longer used."""
     gc.collect()  # modules refer to each other in circles
     for state in engine.basic_optimizer.state.values():
         for value in state.values():
@@ -677,19 +678,23 @@ def gathered(engine) -> Iterator[None]:
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     share = deal_out(prompts)
-    first = len(share) if share[0].demonstration else 0  # demonstrations come before the greedy rows
-    responses = rollout(policy, share, num_samples=0, greedy=True, demonstrations=first > 0)
-    rewards_R = {name: reward(responses) for name, reward in rewards.items()}
-    logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
+    responses = rollout(policy, share, num_samples=0, greedy=True)
+    first = len(responses.texts) - len(share)  # of the greedy rows; demonstrations come before them
     greedy = responses[first:]
+    logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
     ref_logprobs_BT = all_logprobs(reference, greedy, micro_batch_size)
-    columns = {name: scores_R[first:] for name, scores_R in rewards_R.items()}
-    columns["log_ratio"] = ((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1)
-    columns["response_length"] = greedy.mask_BT.sum(1)
-    if first:
+    columns = dict(
+        log_ratio=((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1),
+        response_length=greedy.mask_BT.sum(1),
+    )
+    if first > 0:
         means_R = (logprobs_RT * responses.mask_BT).sum(1) / responses.mask_BT.sum(1)
-        columns["loss"] = -means_R[:first]  # nats per token
-        columns |= {f"demonstration_{name}": scores_R[:first] for name, scores_R in rewards_R.items()}
+        columns["loss"] = -means_R[:first]  # nats per token of the demonstrations
+    for name, reward in rewards.items():
+        rewards_R = reward(responses)
+        columns[name] = rewards_R[first:]
+        if first > 0:
+            columns[f"demonstration_{name}"] = rewards_R[:first]
     return gather_rows(greedy.rows(**columns))[: len(prompts)]
 
 
@@ -705,11 +710,17 @@ def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, 
 
 
 def win_rate(rows: list[dict], rewards: list[float]) -> float:
-    wins = [(row["reward"] > r) + (row["reward"] >= r) for row, r in zip(rows, rewards)]  # a tie counts 1, a win 2
-    return sum(wins) / len(wins) / 2
+    """How often a row's reward is the greater one; a tie counts ½."""
+    wins = 0.0
+    for row, reward in zip(rows, rewards):
+        if row["reward"] > reward:
+            wins += 1.0
+        elif row["reward"] == reward:
+            wins += 0.5
+    return wins / len(rows)
 
 
-# ================================================================ Below is plumbing: nothing here is about learning.
+# ================================================================ Below is plumbing.
 
 
 # ---------------------------------------------------------------- 7. Models

@@ -271,7 +271,7 @@ def main() -> None:
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
-        responses = common.rollout(policy, batch, args.num_samples, greedy=False, demonstrations=has_demonstrations)
+        responses = common.rollout(policy, batch, args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")
 

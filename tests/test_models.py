@@ -411,8 +411,8 @@ def test_scores_in_bfloat16_are_finer_than_the_type():
     prompts = [common.Prompt(text, [], {}) for text in texts]
     responses = [" was a disaster."] * 5 + [" was a joy, and I loved it."] * 5
     with patch.object(reward.scorer, "zero", 0.0):
-        scores = reward.scores(prompts, responses)
-    exact = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend()).scores(prompts, responses)
+        scores = reward.score(prompts, responses)
+    exact = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend()).score(prompts, responses)
     large = scores[scores.abs() > 4]
     assert len(large) > 3 and ((large * 32) % 1 != 0).all()
     assert (scores - scores.mean() - exact + exact.mean()).abs().max() < 0.3
