@@ -479,8 +479,9 @@ class ScalarHead(nn.Module):
 class Reward:
     """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty.
 
-    `model`: a folder or hub name. `function`: file.py:name, which takes its place. `micro_batch_size`: rows that a
-    reward model reads at once. `prompt`: one that the function is tried on.
+    `model`: a folder or hub name. `function`: file.py:name, which takes its place. `prompt`: one that the function is
+    tried on. `micro_batch_size`: rows that a reward model reads at once. `stays_loaded`: else the model is in memory
+    for the moment of scoring alone.
     """
 
     def __init__(
@@ -491,20 +492,25 @@ class Reward:
         backend=None,
         prompt: Prompt | None = None,
         micro_batch_size=1,
+        stays_loaded=True,
     ):
         if not model and not function:
             fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.micro_batch_size = micro_batch_size
+        self.backend = backend
         self.function = load_function(function) if function else None
         if not function:
-            classifier, self.tokenizer = load_classifier(model, backend)
-            zero = getattr(classifier.config, "reward_mean", 0.0)
-            self.scorer = freeze(ScalarOutputs(classifier, zero), backend)
-            self.device = backend.device
+            scorer = self.load_scorer()  # a model that cannot be used shows now, not after the first rollout
+            self.scorer = scorer if stays_loaded else None
         elif prompt:
-            self.score([prompt], [""])  # an error in the function shows now, not after the first rollout
+            self.score([prompt], [""])  # and so does an error in a function
+
+    def load_scorer(self):
+        classifier, self.tokenizer = load_classifier(self.name, self.backend)
+        zero = getattr(classifier.config, "reward_mean", 0.0)
+        return freeze(ScalarOutputs(classifier, zero), self.backend)
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
@@ -526,12 +532,13 @@ class Reward:
     @torch.no_grad()
     def model_scores(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32."""
+        scorer = self.scorer or self.load_scorer()
         length = self.tokenizer.num_positions
         ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
-        scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.device)
+        scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.micro_batch_size):
-            scores_B[rows] = scores(self.scorer, [ids[i] for i in rows], self.device)
+            scores_B[rows] = scores(scorer, [ids[i] for i in rows], self.backend.device)
         return scores_B
 
     def function_scores(self, prompts: list[Prompt], texts: list[str]):

@@ -217,8 +217,12 @@ def main() -> None:
     rewards = {}
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=pairs[0].prompt)
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, 1.0, args.micro_batch_size)
-
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=1.0,
+        batch_size=args.micro_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards

@@ -194,18 +194,23 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
-    scoring = dict(
+    reward = common.Reward(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
+        backend=backend,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
     )
-    rewards = dict(reward=common.Reward(backend=backend, **scoring))
+    rewards = dict(reward=reward)
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        batch_size=args.rollout_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     reference = common.load_reference(policy, backend)

@@ -262,23 +262,24 @@ def main() -> None:
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    scoring = dict(
+    reward = common.Reward(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
+        backend=whole,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
+        stays_loaded=False,
     )
-
-    def load_reward():
-        return common.Reward(backend=whole, **scoring)
-
-    load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
-    rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
+    rewards = dict(reward=reward)
     if args.gold_reward_function:
         rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        batch_size=args.rollout_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     value = common.load_value_model(args.reward_model, args.model, sampling, backend)
