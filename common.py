@@ -582,7 +582,7 @@ def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[in
 
 
 def micro_batches(lengths_B, size):
-    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
+    """Rows of about equal length together, to save padding -> (row numbers, whether they are the last)."""
     # The longest come first, so that running out of memory shows at once.
     order = lengths_B.argsort(descending=True, stable=True).tolist()
     for start in range(0, len(order), size):

@@ -95,11 +95,11 @@ class Args:
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32 in both."""
     zero_stage: Literal[0, 1, 2, 3] = 0

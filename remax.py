@@ -95,11 +95,11 @@ class Args:
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -133,7 +133,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     """
     rewards_B = rewards_B.detach()
     baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean is the KL divergence
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL divergence
     mask_BT = mask_BT.to(rewards_B)
 
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
