@@ -143,7 +143,7 @@ def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_c
     gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL divergence
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL
     mask_BT = mask_BT.to(rewards_B)
     values_BT = values_BT.detach().to(rewards_B) * mask_BT  # nothing is expected after the last token
 

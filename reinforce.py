@@ -134,7 +134,7 @@ def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma)
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL divergence
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL
     mask_BT = mask_BT.to(rewards_B)
 
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT

@@ -133,7 +133,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     """
     rewards_B = rewards_B.detach()
     baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL divergence
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean under π estimates the KL
     mask_BT = mask_BT.to(rewards_B)
 
     shaped_BT = -kl_coef * log_ratios_BT * mask_BT
