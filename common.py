@@ -778,30 +778,52 @@ def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
 
     `new_head`: a model without a head `score` gets one of zeros; one that is there is kept.
     """
-    kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
-    kwargs |= dict(use_safetensors=True, trust_remote_code=False)
-    kwargs |= dict(ignore_mismatched_sizes=True)  # transformers then lists them, and we can say which
     with fails_with(f"{path}: no model could be loaded"):
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=getattr(torch, backend.dtype),
+            attn_implementation=backend.attention,
+            use_safetensors=True,  # a pickle could run any code
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # transformers then lists them, and we can say which
+            output_loading_info=True,
+            **kwargs,
+        )
     check_head(path, auto_class, info)
-    if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
-        fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
-    if new_head and "score.weight" in info["missing_keys"]:
+    missing = set(info["missing_keys"])
+    if new_head and "score.weight" in missing:
+        missing.remove("score.weight")
         print(f"{path}: has no head `score`, so it gets a new one")
         nn.init.zeros_(model.score.weight)
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # after these positions the keys would depend on the longest row
-        positions = rope["original_max_position_embeddings"]
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        fail(f"{path}: has no weights for {names}, so it is not saved for {auto_class.__name__}")
+    positions = num_positions(model.config.get_text_config())
     if max_length > positions:
         fail(f"--max-prompt-length + --response-length, {max_length}, is more than the {positions} positions of {path}")
-    for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
-        for name, value in list(vars(module).items()):
-            is_noise = "drop" in name or "jitter" in name or isinstance(module, nn.Dropout) and name == "p"
-            if isinstance(value, float) and is_noise:
-                setattr(module, name, 0.0)
+    remove_noise(model)
     return model
+
+
+def num_positions(config) -> int:
+    """The number of tokens that a text may have."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # after these positions the keys would depend on the longest row
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def remove_noise(model):
+    """Dropout and router jitter would make the policy that learns another than the one that has sampled.
+
+    They are switched off in the modules: the fields of configs differ from one architecture to the next.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def check_head(path, auto_class, info):
