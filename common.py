@@ -766,7 +766,7 @@ def load_tokenizer(path):
     if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
     tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
-    tokenizer.num_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    tokenizer.num_positions = num_positions(config)
     return tokenizer
 
 
