@@ -121,7 +121,7 @@ class Sampling:
 class Policy:
     """A language model that answers prompts, in training or frozen, and what it needs for that."""
 
-    engine: nn.Module  # gives log-probabilities of responses: TokenLogprobs, frozen or inside a DeepSpeed engine
+    engine: nn.Module  # gives log-probabilities of responses: TokenLogprobs, in training inside a DeepSpeed engine
     decoder: nn.Module  # the same weights as a plain Hugging Face model, which writes responses
     tokenizer: transformers.PreTrainedTokenizerBase
     eos_ids: list[int]  # chat models often have several
@@ -267,7 +267,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
         index_R = torch.cat([index_R, torch.arange(B, device=device)])
     R = len(index_R)
 
-    # Prompts go through the model once. Then each row takes its own copy of its prompt's cache.
+    # Prompts go through the model once. Then the cache repeats a prompt's entries for each of its rows.
     cache = roomy_cache(model.config, room=T)
     positions_BP = positions_of(prompt_mask_BP)
     outputs = model(
@@ -281,7 +281,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     logits_NV = outputs.logits[index_R, -1]
     cache.reorder_cache(index_R)
     mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, T)], 1)
-    next_position_N1 = positions_BP[index_R, -1:] + 1
+    first_position_N1 = positions_BP[index_R, -1:] + 1
 
     eos_E = torch.tensor(eos_ids, device=device)
     tokens_RT = torch.empty(R, T, dtype=torch.long, device=device)
@@ -292,8 +292,9 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:num_sampled] = sample(logits_NV[:num_sampled].float() / sampling.temperature)
+        # A row that has ended repeats its EOS, which is written to the end of the row already.
         token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])
-        tokens_RT[rows_N, t:] = token_N[:, None]  # a row that ends here keeps its EOS to the end
+        tokens_RT[rows_N, t:] = token_N[:, None]
 
         going_N = ~torch.isin(token_N, eos_E)
         num_going = int(going_N.sum())
@@ -307,12 +308,12 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             going_N = going_N[kept_N]
             token_N = token_N[kept_N]
             mask_NL = mask_NL[kept_N]
-            next_position_N1 = next_position_N1[kept_N]
+            first_position_N1 = first_position_N1[kept_N]
             cache.reorder_cache(kept_N)
         outputs = model(
             input_ids=token_N[:, None],
             attention_mask=mask_NL[:, : P + t + 1],
-            position_ids=next_position_N1 + t,
+            position_ids=first_position_N1 + t,
             past_key_values=cache,
             use_cache=True,
         )
@@ -365,7 +366,7 @@ def all_logprobs(policy, rows: Responses, micro_batch_size):
 def all_values(value, rows: Responses, micro_batch_size):
     """`values` of any number of rows, without gradients -> values_BT."""
     order = []
-    parts = []
+    parts = []  # a model may give several values per token
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
         order += some
         parts.append(values(value, rows[some]))
@@ -382,7 +383,8 @@ def scores(scorer, ids: list[list[int]], device):
 def joined(rows: Responses):
     """Prompts and responses side by side -> (ids_BL, mask_BL, number of response tokens in a row).
 
-    The width is that of the longest response, over all ranks: under ZeRO-3 the ranks must take equal steps.
+    The width is that of the longest response over all ranks: with equal widths they call the head equally often, and
+    under ZeRO-3 each call gathers weights from all of them.
     """
     longest = rows.mask_BT.sum(1).max()
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -424,19 +426,19 @@ class TokenLogprobs(nn.Module):
         tokens_N = ids_BL[:, -num_tokens:].flatten()
         head = self.model.get_output_embeddings()
 
-        def logprobs(hidden_ND, tokens_N):
+        def chunk_logprobs(hidden_ND, tokens_N):
             logits_NV = head(hidden_ND).float()
             if self.softcap:
                 logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
             return -F.cross_entropy(logits_NV / self.divisor, tokens_N, reduction="none")
 
-        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive, and backward computes them again.
+        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive. Backward recomputes them.
         size = max(1, 2**25 // self.model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_ND.split(size), tokens_N.split(size)))
         if torch.is_grad_enabled() and len(chunks) > 1:
-            parts = [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks]
         else:
-            parts = [logprobs(*chunk) for chunk in chunks]
+            parts = [chunk_logprobs(*chunk) for chunk in chunks]
         return torch.cat(parts).view(-1, num_tokens)
 
 
@@ -505,7 +507,7 @@ class Reward:
             scorer = self.load_scorer()  # a model that cannot be used shows now, not after the first rollout
             self.scorer = scorer if stays_loaded else None
         elif prompt:
-            self.score([prompt], [""])  # and so does an error in a function
+            self.score([prompt], [""])  # an error in the function shows now, too
 
     def load_scorer(self):
         classifier, self.tokenizer = load_classifier(self.name, self.backend)
@@ -542,7 +544,7 @@ class Reward:
         return scores_B
 
     def function_scores(self, prompts: list[Prompt], texts: list[str]):
-        """-> scores_B, float64, until it is known that each number is one of float32.
+        """-> scores_B, float64, so that a number that float32 does not have can be told.
 
         The function gets copies of everything: what it changes stays with it.
         """
@@ -561,9 +563,10 @@ class Reward:
 
 
 def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
-    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
+    """The ids that a reward model reads, in training and in scoring; cut on the left.
 
-    A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
+    Without a chat template: prompt + response as one text, then EOS. A chat goes through the reward model's own
+    template, if it has one, which ends the response in its own way.
     """
     if prompt.messages and tokenizer.chat_template:
         messages = [*prompt.messages, dict(role="assistant", content=response)]
@@ -577,8 +580,8 @@ def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[in
 
 # ---------------------------------------------------------------- 5. The update
 #
-# An optimizer step may have several micro-batches, which save memory and change no result: a loss is a sum over rows,
-# divided by a denominator that all micro-batches share, and their gradients add up.
+# An optimizer step may have several micro-batches, which save memory and change results by rounding alone: a loss is a
+# sum over rows, divided by a denominator that all micro-batches share, and their gradients add up.
 
 
 def micro_batches(lengths_B, size):
@@ -602,7 +605,7 @@ def train_engine(module, backend, max_grad_norm):
         module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
-        gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
+        gradient_accumulation_steps=2,  # any number but 1, which is wrong at ZeRO-1 and 2: `backward` sets the real one
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
         data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
@@ -623,7 +626,7 @@ def train_engine(module, backend, max_grad_norm):
 
 
 def backward(engine, loss, is_last):
-    """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
+    """Adds a micro-batch's gradients, which are not divided by their number; after the last they are ranks' means."""
     engine.set_gradient_accumulation_boundary(is_last)
     # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
     factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)

@@ -38,9 +38,9 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
     """Updates between checkpoints for --resume; 0 for none."""
 
@@ -58,7 +58,7 @@ class Args:
     eval_dataset: PathOrName | None = None
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 200
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -214,9 +214,9 @@ def main() -> None:
     pairs_at_once = max(1, args.micro_batch_size // 2)  # two rows each
 
     # 2. Models: the policy; the initial one is loaded again for the moment of an evaluation
-    rewards = {}
+    reward_functions = {}
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=pairs[0].prompt)
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=pairs[0].prompt)
     sampling = common.Sampling(
         max_prompt_length=args.max_prompt_length,
         response_length=args.response_length,
@@ -236,7 +236,7 @@ def main() -> None:
         rows = evaluate(policy, eval_pairs, pairs_at_once, args.beta)
         reference = common.load_reference(policy, whole)
         prompts = [pair.prompt for pair in eval_pairs]
-        greedy = common.evaluate(policy, reference, prompts, rewards, args.micro_batch_size)
+        greedy = common.evaluate(policy, reference, prompts, reward_functions, args.micro_batch_size)
         run.log_samples(update, greedy)
         metrics = common.pair_metrics(rows) | common.evaluation_metrics(greedy, greedy)
         metrics["eval_chosen_logprob"] = sum(row["logprob"] for row in rows[::2]) / len(eval_pairs)

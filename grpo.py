@@ -43,9 +43,9 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
     """Updates between checkpoints for --resume; 0 for none."""
 
@@ -63,7 +63,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -195,9 +195,9 @@ def main() -> None:
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
     )
-    rewards = dict(reward=reward)
+    reward_functions = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(
         max_prompt_length=args.max_prompt_length,
         response_length=args.response_length,
@@ -209,7 +209,7 @@ def main() -> None:
     reference = common.load_reference(policy, backend)
 
     def evaluate(policy):
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -238,7 +238,7 @@ def main() -> None:
         clock.lap("rollout")
 
         # 4. Score
-        rewards_B = rewards["reward"](sampled)
+        rewards_B = reward(sampled)
         clock.lap("score")
 
         # 5. Update: one step or several, all measured against the policy at rollout time
@@ -290,7 +290,7 @@ def main() -> None:
             approx_kl=log_ratios_N.exp() - 1 - log_ratios_N,
         )
         if args.gold_reward_function:
-            means["gold_reward"] = rewards["gold_reward"](sampled)
+            means["gold_reward"] = reward_functions["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

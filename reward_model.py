@@ -40,9 +40,9 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
     """Updates between checkpoints for --resume; 0 for none."""
 
@@ -60,7 +60,7 @@ class Args:
     eval_dataset: PathOrName | None = None
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 200
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64

@@ -41,9 +41,9 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
     """Updates between checkpoints for --resume; 0 for none."""
 
@@ -61,7 +61,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -223,7 +223,7 @@ def main() -> None:
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    rewards = {}
+    reward_functions = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
         reward = common.Reward(
             model=args.reward_model,
@@ -234,9 +234,9 @@ def main() -> None:
             micro_batch_size=args.micro_batch_size,
             stays_loaded=False,
         )
-        rewards["reward"] = reward
+        reward_functions["reward"] = reward
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(
         max_prompt_length=args.max_prompt_length,
         response_length=args.response_length,
@@ -248,7 +248,7 @@ def main() -> None:
 
     def evaluate(policy):
         reference = common.load_reference(policy, whole)
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -277,7 +277,7 @@ def main() -> None:
         clock.lap("rollout")
 
         # 4. Score
-        scores = {name: reward(responses) for name, reward in rewards.items()}
+        scores = {name: function(responses) for name, function in reward_functions.items()}
         rewards_XN = scores.get("reward", torch.zeros(B, device=backend.device)).view(X, N)
         weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_XN.flatten()

@@ -54,9 +54,9 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
     """Updates between checkpoints for --resume; 0 for none."""
 
@@ -74,7 +74,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -271,9 +271,9 @@ def main() -> None:
         micro_batch_size=args.micro_batch_size,
         stays_loaded=False,
     )
-    rewards = dict(reward=reward)
+    reward_functions = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(
         max_prompt_length=args.max_prompt_length,
         response_length=args.response_length,
@@ -287,7 +287,7 @@ def main() -> None:
 
     def evaluate(policy):
         reference = common.load_reference(policy, whole)
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -316,7 +316,7 @@ def main() -> None:
         clock.lap("rollout")
 
         # 4. Score
-        scores = {name: reward(responses) for name, reward in rewards.items()}
+        scores = {name: function(responses) for name, function in reward_functions.items()}
         rewards_XN = scores["reward"].view(X, N)
         clock.lap("score")
 
@@ -345,7 +345,7 @@ def main() -> None:
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
             values_B2T = common.all_values(value, new, args.micro_batch_size)
-            held_out = explained_shares(values_B2T[:, 0], rewards["reward"](new), new.mask_BT)
+            held_out = explained_shares(values_B2T[:, 0], reward(new), new.mask_BT)
             held_out["held_out_weight"] = token_weights(values_B2T, new.mask_BT, args.beta)[new.mask_BT == 1]
 
         common.reset_optimizer(policy.engine)
