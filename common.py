@@ -1,4 +1,4 @@
-"""Code that the scripts share. Nothing here knows an algorithm, and functions share no state: copy what you need.
+"""Code that the scripts share. Nothing here knows an algorithm.
 
 About learning: 1 prompts and responses · 2 rollout · 3 log-probabilities, values, scores · 4 rewards · 5 the update ·
 6 evaluation. Below the double line is plumbing: 7 models · 8 data · 9 the run · 10 flags and processes.
@@ -44,8 +44,8 @@ HERE = Path(__file__).resolve().parent
 
 # What must happen before torch is imported.
 #
-# Threads of torch spin while they wait for each other: by default for milliseconds, which other processes on the same
-# cores then lack. An update beside two of them took ten times as long. What a user has set goes first.
+# Torch's threads spin while they wait for each other, by default for milliseconds, and starve other processes on the
+# same cores. Beside two of them an update took ten times as long. What a user has set goes first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The import takes seconds. Where a script of this folder is the program, ctrl-C ends it without a traceback, until its
@@ -102,7 +102,7 @@ class Prompt:
     where: str = ""  # file:line, for error messages
     messages: list[dict] | None = None  # the prompt, where it was a chat
     demonstration: list[int] | None = None  # token ids of a response to learn from
-    answers: dict[str, str | None] = dataclasses.field(default_factory=dict)  # of its row, by column: to learn from
+    answers: dict[str, str | None] = dataclasses.field(default_factory=dict)  # column -> a response to learn from
     num_cut: int = 0  # ids that it lost at its beginning
     digest: str = ""  # a hash of the prompt and its answers
 
@@ -165,7 +165,7 @@ class Responses:
 
 
 def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Responses:
-    """Rows of a prompt and the token ids of its response, padded."""
+    """Pads prompts and the token ids of their responses."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     return Responses(
@@ -451,7 +451,7 @@ class ScalarOutputs(nn.Module):
         self.zero = zero  # reward units; what counts as 0
 
     def forward(self, ids_BL, mask_BL, read_BK):
-        """-> outputs_BK, float32. read_BK: where in ids_BL to read, since K tokens of a row have an output."""
+        """-> outputs_BK, float32. read_BK: the K positions of each row to read at."""
         backbone = self.model.base_model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
@@ -504,15 +504,15 @@ class Reward:
         self.backend = backend
         self.function = load_function(function) if function else None
         if not function:
-            scorer = self.load_scorer()  # a model that cannot be used shows now, not after the first rollout
+            scorer, self.tokenizer = self.load_scorer()  # a model that cannot be used shows now, not after a rollout
             self.scorer = scorer if stays_loaded else None
         elif prompt:
             self.score([prompt], [""])  # an error in the function shows now, too
 
     def load_scorer(self):
-        classifier, self.tokenizer = load_classifier(self.name, self.backend)
+        classifier, tokenizer = load_classifier(self.name, self.backend)
         zero = getattr(classifier.config, "reward_mean", 0.0)
-        return freeze(ScalarOutputs(classifier, zero), self.backend)
+        return freeze(ScalarOutputs(classifier, zero), self.backend), tokenizer
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
@@ -534,7 +534,7 @@ class Reward:
     @torch.no_grad()
     def model_scores(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32."""
-        scorer = self.scorer or self.load_scorer()
+        scorer = self.scorer or self.load_scorer()[0]
         length = self.tokenizer.num_positions
         ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
@@ -690,6 +690,8 @@ def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size
     share = deal_out(prompts)
     responses = rollout(policy, share, num_samples=0, greedy=True)
     first = len(responses.texts) - len(share)  # of the greedy rows; demonstrations come before them
+    if first not in (0, len(share)):
+        raise ValueError(f"{first} of {len(share)} prompts have a demonstration; expected all or none")
     greedy = responses[first:]
     logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
     ref_logprobs_BT = all_logprobs(reference, greedy, micro_batch_size)
@@ -872,15 +874,17 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
     with fails_with(f"{path}: a {type(model).__name__} is not supported"):
         check_policy(policy)
         row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
-    if sampling.batch_size is None:
-        sampling.batch_size = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
-    cache_bytes = sampling.batch_size * row_bytes
-    print(f"Rollout: {sampling.batch_size} rows at once, whose cache takes up to {gib(cache_bytes)}")
+    num_rows = sampling.batch_size
+    if num_rows is None:
+        num_rows = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
+        policy.sampling = dataclasses.replace(sampling, batch_size=num_rows)
+    cache_bytes = num_rows * row_bytes
+    print(f"Rollout: {num_rows} rows at once, whose cache takes up to {gib(cache_bytes)}")
     if backend.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info()
         if cache_bytes > free_bytes:
             fail(
-                f"--rollout-batch-size {sampling.batch_size}: a cache of {gib(cache_bytes)} does not fit "
+                f"--rollout-batch-size {num_rows}: a cache of {gib(cache_bytes)} does not fit "
                 f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
             )
     return policy
@@ -1026,16 +1030,16 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     return model, tokenizer
 
 
-def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ScalarOutputs:
+def load_value_model(reward_model_path, policy_path, sampling: Sampling, backend) -> ScalarOutputs:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
-    path = policy
-    if reward_model:
-        ours = load_tokenizer(policy)
-        its = load_tokenizer(reward_model)
+    path = policy_path
+    if reward_model_path:
+        ours = load_tokenizer(policy_path)
+        its = load_tokenizer(reward_model_path)
         if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
-            path = reward_model
+            path = reward_model_path
     max_length = sampling.max_prompt_length + sampling.response_length
-    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy)
+    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy_path)
     zero = getattr(model.config, "reward_mean", 0.0)
     return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
 
@@ -2498,7 +2502,7 @@ def gather_rows(rows) -> list:
     """All ranks' lists on every rank; dealt-out items return in their order, and those dealt twice stand last again."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
-    return [row for turn in zip(*parts) for row in turn]
+    return [row for turn in zip(*parts, strict=True) for row in turn]
 
 
 def global_means(**tensors) -> dict[str, float]:

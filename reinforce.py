@@ -47,7 +47,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -91,13 +91,13 @@ class Args:
     batch_size: PositiveInt = 64
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the steps in which the learning rate rises from 0 to its peak."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
     """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     kl_coef: NonNegativeFloat = 0.05
@@ -272,8 +272,6 @@ def main() -> None:
         means = dict(
             reward=rewards_B,
             reward_std=rewards_B.new_tensor(common.gather_rows(rewards_B.tolist())).std(correction=0),
-            baseline_reward=baselines_B,
-            tied_fraction=rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4,  # these teach nothing
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),
@@ -282,8 +280,9 @@ def main() -> None:
         )
         if args.gold_reward_function:
             means["gold_reward"] = reward_functions["gold_reward"](sampled)
-        if args.baseline == "none":
-            del means["baseline_reward"], means["tied_fraction"]
+        if args.baseline == "leave-one-out":
+            means["baseline_reward"] = baselines_B
+            means["tied_fraction"] = rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4  # teach nothing
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

@@ -45,7 +45,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -89,13 +89,13 @@ class Args:
     batch_size: PositiveInt = 256
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the steps in which the learning rate rises from 0 to its peak."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
     """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
