@@ -2505,6 +2505,11 @@ def gather_rows(rows) -> list:
     return [row for turn in zip(*parts, strict=True) for row in turn]
 
 
+def standard_deviation(x):
+    """Of the entries of all ranks -> a scalar."""
+    return x.new_tensor(gather_rows(x.tolist())).std(correction=0)
+
+
 def global_means(**tensors) -> dict[str, float]:
     """The mean of each tensor's entries over all ranks, by name."""
     totals = torch.stack([x.sum().double() for x in tensors.values()])

@@ -316,7 +316,7 @@ def main() -> None:
         log_ratios_N = torch.cat(log_ratios)
         means = dict(
             reward=rewards_B,
-            reward_std=rewards_B.new_tensor(common.gather_rows(rewards_B.tolist())).std(correction=0),
+            reward_std=common.standard_deviation(rewards_B),
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),

@@ -4,9 +4,8 @@ To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. 
 
     gradient  ≈  mean over sampled responses of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
-R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1), which keep π near
-the initial policy. The baseline does not depend on y, so the gradient stays unbiased. Where the baseline is near the
-expected reward, the gradient is less noisy than REINFORCE's. With --num-samples N a prompt's N samples share it.
+R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). The baseline does
+not depend on y, so the gradient stays unbiased. Where it is near the expected reward, the gradient is less noisy.
 
 This script does without these parts of PPO:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
@@ -264,7 +263,7 @@ def main() -> None:
         # 6. Log, evaluate, checkpoint
         means = dict(
             reward=rewards_B,
-            reward_std=rewards_B.new_tensor(common.gather_rows(rewards_B.tolist())).std(correction=0),
+            reward_std=common.standard_deviation(rewards_B),
             baseline_reward=baselines_B,
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens

@@ -318,7 +318,7 @@ def main() -> None:
         )
         if "reward" in scores:
             means |= dict(best_reward=rewards_XN.amax(1), weighted_reward=(weights_XN * rewards_XN).sum(1))
-            means["reward_std"] = rewards_XN.new_tensor(common.gather_rows(rewards_XN.tolist())).std(correction=0)
+            means["reward_std"] = common.standard_deviation(rewards_XN)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

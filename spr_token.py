@@ -377,7 +377,7 @@ def main() -> None:
             loss=torch.stack(losses).sum() / len(grad_norms),
             value_loss=torch.stack(value_losses).sum() / len(parts),
             best_reward=rewards_XN.amax(1),
-            reward_std=rewards_XN.new_tensor(common.gather_rows(rewards_XN.tolist())).std(correction=0),
+            reward_std=common.standard_deviation(rewards_XN),
         )
         means |= held_out
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
