@@ -1,4 +1,4 @@
-"""Code that the scripts share. Nothing here knows an algorithm, and functions share no state: copy what you need.
+"""Code that the scripts share. Nothing here knows an algorithm.
 
 About learning: 1 prompts and responses · 2 rollout · 3 log-probabilities, values, scores · 4 rewards · 5 the update ·
 6 evaluation. Below the double line is plumbing: 7 models · 8 data · 9 the run · 10 flags and processes.
@@ -44,8 +44,8 @@ HERE = Path(__file__).resolve().parent
 
 # What must happen before torch is imported.
 #
-# Threads of torch spin while they wait for each other: by default for milliseconds, which other processes on the same
-# cores then lack. An update beside two of them took ten times as long. What a user has set goes first.
+# Torch's threads spin while they wait for each other, by default for milliseconds, and starve other processes on the
+# same cores. Beside two of them an update took ten times as long. What a user has set goes first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The import takes seconds. Where a script of this folder is the program, ctrl-C ends it without a traceback, until its
@@ -102,7 +102,7 @@ class Prompt:
     where: str = ""  # file:line, for error messages
     messages: list[dict] | None = None  # the prompt, where it was a chat
     demonstration: list[int] | None = None  # token ids of a response to learn from
-    answers: dict[str, str | None] = dataclasses.field(default_factory=dict)  # of its row, by column: to learn from
+    answers: dict[str, str | None] = dataclasses.field(default_factory=dict)  # column -> a response to learn from
     num_cut: int = 0  # ids that it lost at its beginning
     digest: str = ""  # a hash of the prompt and its answers
 
@@ -121,7 +121,7 @@ class Sampling:
 class Policy:
     """A language model that answers prompts, in training or frozen, and what it needs for that."""
 
-    engine: nn.Module  # gives log-probabilities of responses: TokenLogprobs, frozen or inside a DeepSpeed engine
+    engine: nn.Module  # gives log-probabilities of responses: TokenLogprobs, in training inside a DeepSpeed engine
     decoder: nn.Module  # the same weights as a plain Hugging Face model, which writes responses
     tokenizer: transformers.PreTrainedTokenizerBase
     eos_ids: list[int]  # chat models often have several
@@ -165,7 +165,7 @@ class Responses:
 
 
 def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Responses:
-    """Rows of a prompt and the token ids of its response, padded."""
+    """Pads prompts and the token ids of their responses."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     tokens_BT, mask_BT = pad(tokens, "right", policy.device)
     return Responses(
@@ -211,8 +211,8 @@ def pad(rows: list[list[int]], side, device: torch.device):
 # through the model once for both. The tests compare it with transformers' `generate`, which takes 1.4 times as long.
 
 
-def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstrations=False) -> Responses:
-    """Responses: `num_samples` sampled rows per prompt (adjacent, then its demonstration), and all greedy rows last."""
+def rollout(policy, prompts: list[Prompt], num_samples, greedy) -> Responses:
+    """Each prompt's `num_samples` sampled rows, then its demonstration if it has one; all greedy rows come last."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
     rows_per_prompt = num_samples + greedy
     sampled = []
@@ -243,7 +243,7 @@ def rollout(policy, prompts: list[Prompt], num_samples=1, greedy=True, demonstra
     for i, prompt in enumerate(prompts):
         tokens += sampled[i * num_samples : (i + 1) * num_samples]
         row_prompts += num_samples * [prompt]
-        if demonstrations:
+        if prompt.demonstration:
             tokens.append(prompt.demonstration)
             row_prompts.append(prompt)
     if greedy:
@@ -267,9 +267,9 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
         index_R = torch.cat([index_R, torch.arange(B, device=device)])
     R = len(index_R)
 
-    # Prompts go through the model once. Then each row takes its own copy of its prompt's cache.
+    # Prompts go through the model once. Then the cache repeats a prompt's entries for each of its rows.
     cache = roomy_cache(model.config, room=T)
-    positions_BP = (prompt_mask_BP.cumsum(1) - 1).clamp(min=0)
+    positions_BP = positions_of(prompt_mask_BP)
     outputs = model(
         input_ids=prompts_BP,
         attention_mask=prompt_mask_BP,
@@ -281,7 +281,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     logits_NV = outputs.logits[index_R, -1]
     cache.reorder_cache(index_R)
     mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, T)], 1)
-    next_position_N1 = positions_BP[index_R, -1:] + 1
+    first_position_N1 = positions_BP[index_R, -1:] + 1
 
     eos_E = torch.tensor(eos_ids, device=device)
     tokens_RT = torch.empty(R, T, dtype=torch.long, device=device)
@@ -292,8 +292,9 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:num_sampled] = sample(logits_NV[:num_sampled].float() / sampling.temperature)
+        # A row that has ended repeats its EOS, which is written to the end of the row already.
         token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])
-        tokens_RT[rows_N, t:] = token_N[:, None]  # a row that ends here keeps its EOS to the end
+        tokens_RT[rows_N, t:] = token_N[:, None]
 
         going_N = ~torch.isin(token_N, eos_E)
         num_going = int(going_N.sum())
@@ -307,12 +308,12 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             going_N = going_N[kept_N]
             token_N = token_N[kept_N]
             mask_NL = mask_NL[kept_N]
-            next_position_N1 = next_position_N1[kept_N]
+            first_position_N1 = first_position_N1[kept_N]
             cache.reorder_cache(kept_N)
         outputs = model(
             input_ids=token_N[:, None],
             attention_mask=mask_NL[:, : P + t + 1],
-            position_ids=next_position_N1 + t,
+            position_ids=first_position_N1 + t,
             past_key_values=cache,
             use_cache=True,
         )
@@ -365,7 +366,7 @@ def all_logprobs(policy, rows: Responses, micro_batch_size):
 def all_values(value, rows: Responses, micro_batch_size):
     """`values` of any number of rows, without gradients -> values_BT."""
     order = []
-    parts = []
+    parts = []  # a model may give several values per token
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
         order += some
         parts.append(values(value, rows[some]))
@@ -382,7 +383,8 @@ def scores(scorer, ids: list[list[int]], device):
 def joined(rows: Responses):
     """Prompts and responses side by side -> (ids_BL, mask_BL, number of response tokens in a row).
 
-    The width is that of the longest response, over all ranks: under ZeRO-3 the ranks must take equal steps.
+    The width is that of the longest response over all ranks: with equal widths they call the head equally often, and
+    under ZeRO-3 each call gathers weights from all of them.
     """
     longest = rows.mask_BT.sum(1).max()
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -424,19 +426,19 @@ class TokenLogprobs(nn.Module):
         tokens_N = ids_BL[:, -num_tokens:].flatten()
         head = self.model.get_output_embeddings()
 
-        def logprobs(hidden_ND, tokens_N):
+        def chunk_logprobs(hidden_ND, tokens_N):
             logits_NV = head(hidden_ND).float()
             if self.softcap:
                 logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
             return -F.cross_entropy(logits_NV / self.divisor, tokens_N, reduction="none")
 
-        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive, and backward computes them again.
+        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive. Backward recomputes them.
         size = max(1, 2**25 // self.model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_ND.split(size), tokens_N.split(size)))
         if torch.is_grad_enabled() and len(chunks) > 1:
-            parts = [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks]
         else:
-            parts = [logprobs(*chunk) for chunk in chunks]
+            parts = [chunk_logprobs(*chunk) for chunk in chunks]
         return torch.cat(parts).view(-1, num_tokens)
 
 
@@ -449,7 +451,7 @@ class ScalarOutputs(nn.Module):
         self.zero = zero  # reward units; what counts as 0
 
     def forward(self, ids_BL, mask_BL, read_BK):
-        """-> outputs_BK, float32. read_BK: where in ids_BL to read, since K tokens of a row have an output."""
+        """-> outputs_BK, float32. read_BK: the K positions of each row to read at."""
         backbone = self.model.base_model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
@@ -479,8 +481,9 @@ class ScalarHead(nn.Module):
 class Reward:
     """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty.
 
-    `model`: a folder or hub name. `function`: file.py:name, which takes its place. `micro_batch_size`: rows that a
-    reward model reads at once. `prompt`: one that the function is tried on.
+    `model`: a folder or hub name. `function`: file.py:name, which takes its place. `prompt`: one that the function is
+    tried on. `micro_batch_size`: rows that a reward model reads at once. `stays_loaded`: else the model is in memory
+    for the moment of scoring alone.
     """
 
     def __init__(
@@ -491,28 +494,33 @@ class Reward:
         backend=None,
         prompt: Prompt | None = None,
         micro_batch_size=1,
+        stays_loaded=True,
     ):
         if not model and not function:
             fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
         self.missing_eos_penalty = missing_eos_penalty
         self.micro_batch_size = micro_batch_size
+        self.backend = backend
         self.function = load_function(function) if function else None
         if not function:
-            classifier, self.tokenizer = load_classifier(model, backend)
-            zero = getattr(classifier.config, "reward_mean", 0.0)
-            self.scorer = freeze(ScalarOutputs(classifier, zero), backend)
-            self.device = backend.device
+            scorer, self.tokenizer = self.load_scorer()  # a model that cannot be used shows now, not after a rollout
+            self.scorer = scorer if stays_loaded else None
         elif prompt:
-            self.scores([prompt], [""])  # an error in the function shows now, not after the first rollout
+            self.score([prompt], [""])  # an error in the function shows now, too
+
+    def load_scorer(self):
+        classifier, tokenizer = load_classifier(self.name, self.backend)
+        zero = getattr(classifier.config, "reward_mean", 0.0)
+        return freeze(ScalarOutputs(classifier, zero), self.backend), tokenizer
 
     def __call__(self, responses: Responses):
         """-> rewards_B, float32."""
-        rewards_B = self.scores(responses.prompts, responses.texts).to(responses.ended_B.device)
+        rewards_B = self.score(responses.prompts, responses.texts).to(responses.ended_B.device)
         rewards_B[~responses.ended_B] -= self.missing_eos_penalty
         return rewards_B
 
-    def scores(self, prompts: list[Prompt], texts: list[str]):
+    def score(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32: one finite number per response, without the penalty."""
         scores_B = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
         if len(scores_B) != len(prompts):
@@ -526,16 +534,17 @@ class Reward:
     @torch.no_grad()
     def model_scores(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32."""
+        scorer = self.scorer or self.load_scorer()[0]
         length = self.tokenizer.num_positions
         ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
         lengths_B = torch.tensor([len(row) for row in ids])
-        scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.device)
+        scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.micro_batch_size):
-            scores_B[rows] = scores(self.scorer, [ids[i] for i in rows], self.device)
+            scores_B[rows] = scores(scorer, [ids[i] for i in rows], self.backend.device)
         return scores_B
 
     def function_scores(self, prompts: list[Prompt], texts: list[str]):
-        """-> scores_B, float64, until it is known that each number is one of float32.
+        """-> scores_B, float64, so that a number that float32 does not have can be told.
 
         The function gets copies of everything: what it changes stays with it.
         """
@@ -554,9 +563,10 @@ class Reward:
 
 
 def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
-    """The ids that a reward model reads, always: prompt + response as one text, then EOS; cut on the left.
+    """The ids that a reward model reads, in training and in scoring; cut on the left.
 
-    A chat goes through the reward model's own template, if it has one, which ends the response in its own way.
+    Without a chat template: prompt + response as one text, then EOS. A chat goes through the reward model's own
+    template, if it has one, which ends the response in its own way.
     """
     if prompt.messages and tokenizer.chat_template:
         messages = [*prompt.messages, dict(role="assistant", content=response)]
@@ -570,12 +580,12 @@ def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[in
 
 # ---------------------------------------------------------------- 5. The update
 #
-# An optimizer step may have several micro-batches, which save memory and change no result: a loss is a sum over rows,
-# divided by a denominator that all micro-batches share, and their gradients add up.
+# An optimizer step may have several micro-batches, which save memory and change results by rounding alone: a loss is a
+# sum over rows, divided by a denominator that all micro-batches share, and their gradients add up.
 
 
 def micro_batches(lengths_B, size):
-    """Rows of like length together, so that there is little padding -> (row numbers, whether it is the last)."""
+    """Rows of about equal length together, to save padding -> (row numbers, whether they are the last)."""
     # The longest come first, so that running out of memory shows at once.
     order = lengths_B.argsort(descending=True, stable=True).tolist()
     for start in range(0, len(order), size):
@@ -585,7 +595,7 @@ def micro_batches(lengths_B, size):
 def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
     limit_threads(module)
-    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, half an hour
+    dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, for hours
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
@@ -593,17 +603,16 @@ def train_engine(module, backend, max_grad_norm):
         num_bytes = 20 * sum(weight.numel() for weight in module.parameters())
         pinned = "; pinned memory grows in powers of two" if backend.device.type == "cuda" else ""
         print(f"Offload: a trained model takes {gib(num_bytes)} of CPU memory, over all ranks{pinned}")
-    gradient_type = None  # of the model
-    if backend.dtype == "bfloat16" and backend.zero_stage > 0:  # ZeRO-0 cannot
-        gradient_type = "fp32"  # a sum of many micro-batches would be rounded in each of them
+    # In bfloat16 the sum of many micro-batches' gradients would be rounded at each of them. ZeRO-0 cannot avoid that.
+    adds_in_float32 = backend.dtype == "bfloat16" and backend.zero_stage > 0
     if backend.gradient_checkpointing:
         module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
-        gradient_accumulation_steps=2,  # several backwards per step (1 is wrong at ZeRO-1 and 2); `backward` ends them
+        gradient_accumulation_steps=2,  # any number but 1, which is wrong at ZeRO-1 and 2: `backward` sets the real one
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
-        data_types=dict(grad_accum_dtype=gradient_type),
+        data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
         zero_optimization=zero,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
@@ -621,7 +630,7 @@ def train_engine(module, backend, max_grad_norm):
 
 
 def backward(engine, loss, is_last):
-    """Accumulates a micro-batch's gradients, unscaled; with the last one the engine averages them over the ranks."""
+    """Adds a micro-batch's gradients, which are not divided by their number; after the last they are ranks' means."""
     engine.set_gradient_accumulation_boundary(is_last)
     # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
     factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -652,13 +661,15 @@ def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / (num_steps - warmup)
-    if schedule == "constant":
-        return peak
-    return peak * (1 - done if schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * (0.5 + 0.5 * math.cos(math.pi * done))
+    return peak
 
 
 def reset_optimizer(engine):
-    """Adam's moments and its count of steps are 0 again; frozen models that nobody uses any more leave the memory."""
+    """Resets Adam's moments and step count, and frees frozen models that are no longer used."""
     gc.collect()  # modules refer to each other in circles
     for state in engine.basic_optimizer.state.values():
         for value in state.values():
@@ -681,19 +692,25 @@ def gathered(engine) -> Iterator[None]:
 def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size) -> list[dict]:
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     share = deal_out(prompts)
-    first = len(share) if share[0].demonstration else 0  # demonstrations come before the greedy rows
-    responses = rollout(policy, share, num_samples=0, greedy=True, demonstrations=first > 0)
-    rewards_R = {name: reward(responses) for name, reward in rewards.items()}
-    logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
+    responses = rollout(policy, share, num_samples=0, greedy=True)
+    first = len(responses.texts) - len(share)  # of the greedy rows; demonstrations come before them
+    if first not in (0, len(share)):
+        raise ValueError(f"{first} of {len(share)} prompts have a demonstration; expected all or none")
     greedy = responses[first:]
+    logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
     ref_logprobs_BT = all_logprobs(reference, greedy, micro_batch_size)
-    columns = {name: scores_R[first:] for name, scores_R in rewards_R.items()}
-    columns["log_ratio"] = ((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1)
-    columns["response_length"] = greedy.mask_BT.sum(1)
-    if first:
+    columns = dict(
+        log_ratio=((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1),
+        response_length=greedy.mask_BT.sum(1),
+    )
+    if first > 0:
         means_R = (logprobs_RT * responses.mask_BT).sum(1) / responses.mask_BT.sum(1)
-        columns["loss"] = -means_R[:first]  # nats per token
-        columns |= {f"demonstration_{name}": scores_R[:first] for name, scores_R in rewards_R.items()}
+        columns["loss"] = -means_R[:first]  # nats per token of the demonstrations
+    for name, reward in rewards.items():
+        rewards_R = reward(responses)
+        columns[name] = rewards_R[first:]
+        if first > 0:
+            columns[f"demonstration_{name}"] = rewards_R[:first]
     return gather_rows(greedy.rows(**columns))[: len(prompts)]
 
 
@@ -709,11 +726,17 @@ def evaluation_metrics(rows: list[dict], initial_rows: list[dict]) -> dict[str, 
 
 
 def win_rate(rows: list[dict], rewards: list[float]) -> float:
-    wins = [(row["reward"] > r) + (row["reward"] >= r) for row, r in zip(rows, rewards)]  # a tie counts 1, a win 2
-    return sum(wins) / len(wins) / 2
+    """How often a row's reward is the greater one; a tie counts ½."""
+    wins = 0.0
+    for row, reward in zip(rows, rewards):
+        if row["reward"] > reward:
+            wins += 1.0
+        elif row["reward"] == reward:
+            wins += 0.5
+    return wins / len(rows)
 
 
-# ================================================================ Below is plumbing: nothing here is about learning.
+# ================================================================ Below is plumbing.
 
 
 # ---------------------------------------------------------------- 7. Models
@@ -752,7 +775,7 @@ def load_tokenizer(path):
     if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
     tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
-    tokenizer.num_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    tokenizer.num_positions = num_positions(config)
     return tokenizer
 
 
@@ -764,30 +787,52 @@ def load_model(path, auto_class, max_length, backend, new_head=False, **kwargs):
 
     `new_head`: a model without a head `score` gets one of zeros; one that is there is kept.
     """
-    kwargs |= dict(dtype=getattr(torch, backend.dtype), attn_implementation=backend.attention)
-    kwargs |= dict(use_safetensors=True, trust_remote_code=False)
-    kwargs |= dict(ignore_mismatched_sizes=True)  # transformers then lists them, and we can say which
     with fails_with(f"{path}: no model could be loaded"):
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=getattr(torch, backend.dtype),
+            attn_implementation=backend.attention,
+            use_safetensors=True,  # a pickle could run any code
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # transformers then lists them, and we can say which
+            output_loading_info=True,
+            **kwargs,
+        )
     check_head(path, auto_class, info)
-    if missing := sorted(info["missing_keys"] - ({"score.weight"} if new_head else set())):
-        fail(f"{path}: has no weights for {', '.join(missing[:3])}, so it is not saved for {auto_class.__name__}")
-    if new_head and "score.weight" in info["missing_keys"]:
+    missing = set(info["missing_keys"])
+    if new_head and "score.weight" in missing:
+        missing.remove("score.weight")
         print(f"{path}: has no head `score`, so it gets a new one")
         nn.init.zeros_(model.score.weight)
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # after these positions the keys would depend on the longest row
-        positions = rope["original_max_position_embeddings"]
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        fail(f"{path}: has no weights for {names}, so it is not saved for {auto_class.__name__}")
+    positions = num_positions(model.config.get_text_config())
     if max_length > positions:
         fail(f"--max-prompt-length + --response-length, {max_length}, is more than the {positions} positions of {path}")
-    for module in model.modules():  # not in the config, whose fields differ from one architecture to the next
-        for name, value in list(vars(module).items()):
-            is_noise = "drop" in name or "jitter" in name or isinstance(module, nn.Dropout) and name == "p"
-            if isinstance(value, float) and is_noise:
-                setattr(module, name, 0.0)
+    remove_noise(model)
     return model
+
+
+def num_positions(config) -> int:
+    """The number of tokens that a text may have."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # after these positions the keys would depend on the longest row
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def remove_noise(model):
+    """Dropout and router jitter would make the policy that learns another than the one that has sampled.
+
+    They are switched off in the modules: the fields of configs differ from one architecture to the next.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def check_head(path, auto_class, info):
@@ -833,15 +878,17 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
     with fails_with(f"{path}: a {type(model).__name__} is not supported"):
         check_policy(policy)
         row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
-    if sampling.batch_size is None:
-        sampling.batch_size = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
-    cache_bytes = sampling.batch_size * row_bytes
-    print(f"Rollout: {sampling.batch_size} rows at once, whose cache takes up to {gib(cache_bytes)}")
+    num_rows = sampling.batch_size
+    if num_rows is None:
+        num_rows = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
+        policy.sampling = dataclasses.replace(sampling, batch_size=num_rows)
+    cache_bytes = num_rows * row_bytes
+    print(f"Rollout: {num_rows} rows at once, whose cache takes up to {gib(cache_bytes)}")
     if backend.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info()
         if cache_bytes > free_bytes:
             fail(
-                f"--rollout-batch-size {sampling.batch_size}: a cache of {gib(cache_bytes)} does not fit "
+                f"--rollout-batch-size {num_rows}: a cache of {gib(cache_bytes)} does not fit "
                 f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
             )
     return policy
@@ -990,16 +1037,16 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     return model, tokenizer
 
 
-def load_value_model(reward_model, policy, sampling: Sampling, backend) -> ScalarOutputs:
+def load_value_model(reward_model_path, policy_path, sampling: Sampling, backend) -> ScalarOutputs:
     """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
-    path = policy
-    if reward_model:
-        ours = load_tokenizer(policy)
-        its = load_tokenizer(reward_model)
+    path = policy_path
+    if reward_model_path:
+        ours = load_tokenizer(policy_path)
+        its = load_tokenizer(reward_model_path)
         if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
-            path = reward_model
+            path = reward_model_path
     max_length = sampling.max_prompt_length + sampling.response_length
-    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy)
+    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy_path)
     zero = getattr(model.config, "reward_mean", 0.0)
     return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
 
@@ -1482,13 +1529,14 @@ def cut_repeated_prompts(exchanges: list[Exchange]) -> int:
                 repeats = answer.startswith(exchange.prompt)
                 num_repeating += repeats
                 num_others += not repeats
-    if num_others:  # by chance, or because the task is to repeat
+    if num_others or not num_repeating:  # some may do so by chance, or because the task is to repeat
         return num_repeating
-    for exchange in exchanges if num_repeating else []:
+    for exchange in exchanges:
         if isinstance(exchange.prompt, str):
             exchange.form = "texts; answers repeat the prompt, which is cut off"
             for column, answer in exchange.answers.items():
-                exchange.answers[column] = answer and answer.removeprefix(exchange.prompt)
+                if answer is not None:
+                    exchange.answers[column] = answer.removeprefix(exchange.prompt)
     return 0
 
 
@@ -2324,7 +2372,7 @@ def forget_example(args):
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
     own = [name for name in ("dataset", "reward_model", "reward_function") if name in has_own and values[name]]
     own = [name for name in own if not Path(values[name]).absolute().is_relative_to(HERE / "examples")]
-    if own and "model" not in has_own and args.model.startswith("examples/"):
+    if own and "model" not in has_own and values.get("model", "").startswith("examples/"):
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in own)
         print(f"note: {flags} your own, but the model is the example's, which only knows short film reviews (--model)")
 
@@ -2466,7 +2514,12 @@ def gather_rows(rows) -> list:
     """All ranks' lists on every rank; dealt-out items return in their order, and those dealt twice stand last again."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
-    return [row for turn in zip(*parts) for row in turn]
+    return [row for turn in zip(*parts, strict=True) for row in turn]
+
+
+def standard_deviation(x):
+    """Of the entries of all ranks -> a scalar."""
+    return x.new_tensor(gather_rows(x.tolist())).std(correction=0)
 
 
 def global_means(**tensors) -> dict[str, float]:

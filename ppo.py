@@ -43,11 +43,11 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -63,7 +63,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -91,15 +91,15 @@ class Args:
     batch_size: PositiveInt = 64
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
@@ -143,7 +143,7 @@ def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_c
     gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
-    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean is the KL divergence
+    log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL
     mask_BT = mask_BT.to(rewards_B)
     values_BT = values_BT.detach().to(rewards_B) * mask_BT  # nothing is expected after the last token
 
@@ -221,18 +221,23 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
-    scoring = dict(
+    reward = common.Reward(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
+        backend=backend,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
     )
-    rewards = dict(reward=common.Reward(backend=backend, **scoring))
+    reward_functions = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        batch_size=args.rollout_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     value = common.load_value_model(args.reward_model, args.model, sampling, backend)
@@ -240,7 +245,7 @@ def main() -> None:
     reference = common.load_reference(policy, backend)
 
     def evaluate(policy):
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -269,7 +274,7 @@ def main() -> None:
         clock.lap("rollout")
 
         # 4. Score
-        rewards_B = rewards["reward"](sampled)
+        rewards_B = reward(sampled)
         clock.lap("score")
 
         # 5. Update: several steps, all measured against the policy and the values at rollout time
@@ -311,7 +316,7 @@ def main() -> None:
         log_ratios_N = torch.cat(log_ratios)
         means = dict(
             reward=rewards_B,
-            reward_std=rewards_B.new_tensor(common.gather_rows(rewards_B.tolist())).std(correction=0),
+            reward_std=common.standard_deviation(rewards_B),
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),
@@ -322,7 +327,7 @@ def main() -> None:
             approx_kl=log_ratios_N.exp() - 1 - log_ratios_N,
         )
         if args.gold_reward_function:
-            means["gold_reward"] = rewards["gold_reward"](sampled)
+            means["gold_reward"] = reward_functions["gold_reward"](sampled)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

@@ -40,11 +40,11 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -60,7 +60,7 @@ class Args:
     eval_dataset: PathOrName | None = None
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 25
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 200
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -72,15 +72,15 @@ class Args:
     batch_size: PositiveInt = 32
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 64
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32, and with --zero-stage 1 to 3 so are summed gradients."""
     zero_stage: Literal[0, 1, 2, 3] = 0

@@ -41,11 +41,11 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -61,7 +61,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -89,15 +89,15 @@ class Args:
     batch_size: PositiveInt = 256
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; master weights are float32, and with --zero-stage 1 to 3 so are summed gradients."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -223,31 +223,32 @@ def main() -> None:
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    scoring = dict(
-        model=args.reward_model,
-        function=args.reward_function,
-        missing_eos_penalty=args.missing_eos_penalty,
-        prompt=prompts[0],
-        micro_batch_size=args.micro_batch_size,
-    )
-
-    def load_reward():
-        return common.Reward(backend=whole, **scoring)
-
-    rewards = {}
+    reward_functions = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
-        rewards["reward"] = load_reward() if args.reward_function else lambda responses: load_reward()(responses)
+        reward = common.Reward(
+            model=args.reward_model,
+            function=args.reward_function,
+            missing_eos_penalty=args.missing_eos_penalty,
+            backend=whole,
+            prompt=prompts[0],
+            micro_batch_size=args.micro_batch_size,
+            stays_loaded=False,
+        )
+        reward_functions["reward"] = reward
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        batch_size=args.rollout_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
 
     def evaluate(policy):
         reference = common.load_reference(policy, whole)
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -271,12 +272,12 @@ def main() -> None:
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
-        responses = common.rollout(policy, batch, args.num_samples, greedy=False, demonstrations=has_demonstrations)
+        responses = common.rollout(policy, batch, args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")
 
         # 4. Score
-        scores = {name: reward(responses) for name, reward in rewards.items()}
+        scores = {name: function(responses) for name, function in reward_functions.items()}
         rewards_XN = scores.get("reward", torch.zeros(B, device=backend.device)).view(X, N)
         weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_XN.flatten()
@@ -317,7 +318,7 @@ def main() -> None:
         )
         if "reward" in scores:
             means |= dict(best_reward=rewards_XN.amax(1), weighted_reward=(weights_XN * rewards_XN).sum(1))
-            means["reward_std"] = rewards_XN.new_tensor(common.gather_rows(rewards_XN.tolist())).std(correction=0)
+            means["reward_std"] = common.standard_deviation(rewards_XN)
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

@@ -54,11 +54,11 @@ class Args:
     seed: int = 1
     """Seed of everything that is random."""
     output_dir: PathOrName | None = None
-    """Folder of the run; by default runs/<script>__<seed>__<time> where you stand."""
+    """Folder of the run; by default runs/<script>__<seed>__<time> in the current directory."""
     resume: PathOrName | None = None
-    """Folder of a run to go on with from its last checkpoint; no other flag is needed."""
+    """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for none."""
+    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -74,7 +74,7 @@ class Args:
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
     """Held-out rows, in the same form; None to hold out --eval-size rows of --dataset."""
     eval_every: NonNegativeInt = 1
-    """Updates between evaluations, which also come first and last; 0 for none."""
+    """Updates between evaluations, also before the first and after the last update; 0 for none."""
     eval_size: PositiveInt = 64
     """Held-out rows per evaluation."""
     max_prompt_length: PositiveInt = 64
@@ -102,15 +102,15 @@ class Args:
     batch_size: PositiveInt = 256
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
-    """Rows per forward and backward on one rank; changes memory, not results."""
+    """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine fall towards 0."""
+    """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
-    """Share of the schedule's steps in which the learning rate rises from 0."""
+    """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
-    """Gradient norm to clip to; the gradient of a sum over n tokens is n times the gradient of their mean."""
+    """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
     gamma: Fraction = 1.0
     """Discount per token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -262,23 +262,24 @@ def main() -> None:
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    scoring = dict(
+    reward = common.Reward(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
+        backend=whole,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
+        stays_loaded=False,
     )
-
-    def load_reward():
-        return common.Reward(backend=whole, **scoring)
-
-    load_reward()  # a bad flag fails now; then a reward model is in memory for each call only, a function stays
-    rewards = dict(reward=load_reward() if args.reward_function else lambda responses: load_reward()(responses))
+    reward_functions = dict(reward=reward)
     if args.gold_reward_function:
-        rewards["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
-    sampling = common.Sampling(args.max_prompt_length, args.response_length, args.temperature, args.rollout_batch_size)
-
+        reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
+    sampling = common.Sampling(
+        max_prompt_length=args.max_prompt_length,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        batch_size=args.rollout_batch_size,
+    )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
     value = common.load_value_model(args.reward_model, args.model, sampling, backend)
@@ -286,7 +287,7 @@ def main() -> None:
 
     def evaluate(policy):
         reference = common.load_reference(policy, whole)
-        return common.evaluate(policy, reference, eval_prompts, rewards, args.micro_batch_size)
+        return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
         script=__file__,
@@ -315,7 +316,7 @@ def main() -> None:
         clock.lap("rollout")
 
         # 4. Score
-        scores = {name: reward(responses) for name, reward in rewards.items()}
+        scores = {name: function(responses) for name, function in reward_functions.items()}
         rewards_XN = scores["reward"].view(X, N)
         clock.lap("score")
 
@@ -344,7 +345,7 @@ def main() -> None:
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
             values_B2T = common.all_values(value, new, args.micro_batch_size)
-            held_out = explained_shares(values_B2T[:, 0], rewards["reward"](new), new.mask_BT)
+            held_out = explained_shares(values_B2T[:, 0], reward(new), new.mask_BT)
             held_out["held_out_weight"] = token_weights(values_B2T, new.mask_BT, args.beta)[new.mask_BT == 1]
 
         common.reset_optimizer(policy.engine)
@@ -376,7 +377,7 @@ def main() -> None:
             loss=torch.stack(losses).sum() / len(grad_norms),
             value_loss=torch.stack(value_losses).sum() / len(parts),
             best_reward=rewards_XN.amax(1),
-            reward_std=rewards_XN.new_tensor(common.gather_rows(rewards_XN.tolist())).std(correction=0),
+            reward_std=common.standard_deviation(rewards_XN),
         )
         means |= held_out
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)

@@ -60,7 +60,7 @@ ENTRIES = [
         "grpo",
         data="prompts",
         one_step="--num-samples 2",
-        busy="--num-samples 4 --num-epochs 2 --num-minibatches 2",
+        busy="--num-samples 4 --num-epochs 2",
         busy_episodes=24,
     ),
     Script(

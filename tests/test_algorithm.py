@@ -237,7 +237,7 @@ def test_policy_loss_adds_up_over_micro_batches_and_leaves_its_inputs_alone():
         lambda logprobs, advantages, mask: reinforce.policy_loss(logprobs, advantages, mask, 3),
         lambda logprobs, advantages, mask: ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: grpo.policy_loss(
-            logprobs, advantages, -advantages, advantages[:, 0], mask, 0.1, 0.2, torch.ones(5)
+            logprobs, advantages, -3 * advantages, advantages[:, 0], mask, 0.1, 0.2, torch.ones(5)
         ),
         lambda logprobs, advantages, mask: ppo.value_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 3),
         lambda logprobs, advantages, mask: spr.weighted_nll(logprobs, advantages, mask, 3),

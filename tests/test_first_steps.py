@@ -314,7 +314,7 @@ def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, c
     capsys.readouterr()
     exec(code_of((tmp_path / "r" / "reward_model" / "README.md").read_text()), {})
     reward = common.Reward(str(tmp_path / "r" / "reward_model"), None, 0.0, start_backend())
-    (expected,) = reward.scores([common.Prompt("A prompt", [], {})], [" and its response"])
+    (expected,) = reward.score([common.Prompt("A prompt", [], {})], [" and its response"])
     assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
 
 

@@ -63,12 +63,17 @@ WORKING = dict(
     olmo2={},
     qwen3_5_text=dict(HEAD, **LINEAR, layer_types=["linear_attention", "full_attention"]),
     lfm2=dict(layer_types=["conv", "full_attention"]),
+    nanochat=dict(final_logit_softcapping=3.0),
+    cohere=dict(logit_scale=0.25),
+    cohere2=dict(logit_scale=0.25, sliding_window=8),
+    granite=dict(logits_scaling=8.0),
 )
 NEEDS_EAGER = dict(
     bloom={},
     gptj=dict(rotary_dim=4),
     gpt_neo=dict(num_layers=2, attention_types=[[["global", "local"], 1]], window_size=8),
     gpt_oss=dict(HEAD, **EXPERTS, sliding_window=8),
+    gemma2=dict(HEAD, sliding_window=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8),  # logits are capped
 )
 REFUSED = dict(
     mamba=dict(state_size=8),
@@ -77,8 +82,7 @@ REFUSED = dict(
     recurrent_gemma=dict(lru_width=32, attention_window_size=8, block_types=["recurrent", "attention"]),
     falcon=dict(hidden_dropout=0.1),
     llama4_text=dict(intermediate_size_mlp=48, num_local_experts=4),
-    gemma2=dict(HEAD, sliding_window=8),
-    cohere={},
+    hyperclovax=dict(logits_scaling=3.0),  # multiplies by what Granite divides by
     bert=dict(is_decoder=True),
     t5=dict(d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8),
 )
@@ -411,8 +415,8 @@ def test_scores_in_bfloat16_are_finer_than_the_type():
     prompts = [common.Prompt(text, [], {}) for text in texts]
     responses = [" was a disaster."] * 5 + [" was a joy, and I loved it."] * 5
     with patch.object(reward.scorer, "zero", 0.0):
-        scores = reward.scores(prompts, responses)
-    exact = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend()).scores(prompts, responses)
+        scores = reward.score(prompts, responses)
+    exact = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend()).score(prompts, responses)
     large = scores[scores.abs() > 4]
     assert len(large) > 3 and ((large * 32) % 1 != 0).all()
     assert (scores - scores.mean() - exact + exact.mean()).abs().max() < 0.3

@@ -273,7 +273,7 @@ def test_columns_that_are_named_like_arguments_arrive_with_an_underscore(tmp_pat
     expected = {"prompts_": [1], "responses_": [2], "answers": [4], "messages_": [5], "two words": [6]}
     (tmp_path / "f.py").write_text(f"EXPECTED = {expected | dict(messages=[chat])}\n{code}")
     prompt = common.Prompt("Hi", [], columns, messages=chat)
-    assert common.Reward(function=f"{tmp_path}/f.py:reward").scores([prompt], [""]).tolist() == [0.0]
+    assert common.Reward(function=f"{tmp_path}/f.py:reward").score([prompt], [""]).tolist() == [0.0]
 
 
 def test_a_function_cannot_change_messages_and_columns(tmp_path):

@@ -184,7 +184,7 @@ def test_a_demonstration_follows_the_samples_of_its_prompt(model, num_samples, g
     for prompt, demonstration in zip(prompts, ([40, 1], [41, 42, 43, 1], [1])):
         prompt.demonstration = demonstration
     answers = common.rollout(policy, prompts, num_samples=0, greedy=True)
-    found = common.rollout(policy, prompts, num_samples, greedy, demonstrations=True)
+    found = common.rollout(policy, prompts, num_samples, greedy)
     rows = [row[mask == 1].tolist() for row, mask in zip(found.tokens_BT, found.mask_BT)]
     expected, order = [], []
     for i, prompt in enumerate(prompts):
@@ -375,7 +375,7 @@ def responses_to_prompts(policy) -> common.Responses:
     prompts = prompts_of(PROMPTS)
     for prompt, row, n in zip(prompts, RESPONSES.tolist(), lengths, strict=True):
         prompt.demonstration = row[:n]
-    return common.rollout(policy, prompts, num_samples=0, greedy=False, demonstrations=True)
+    return common.rollout(policy, prompts, num_samples=0, greedy=False)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 100])

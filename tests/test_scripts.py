@@ -452,7 +452,7 @@ def test_a_reward_model_goes_on_from_its_own_head(tmp_path, capsys):
     start = [row for row in rows if row["update"] == 0]
     prompts = [common.Prompt(row["prompt"], [], {}) for row in start]
     reward = common.Reward(str(EXAMPLE / "reward_model"), backend=start_backend(), micro_batch_size=32)
-    scores_B = reward.scores(prompts, [row["response"] for row in start]) + config["reward_mean"]
+    scores_B = reward.score(prompts, [row["response"] for row in start]) + config["reward_mean"]
     torch.testing.assert_close(torch.tensor([row["reward"] for row in start]), scores_B, atol=1e-4, rtol=1e-4)
     accuracy = (scores_B[::2] > scores_B[1::2]).float().mean().item()
     assert first["eval_accuracy"] == pytest.approx(accuracy, abs=1e-6) and accuracy > 0.8
@@ -460,7 +460,7 @@ def test_a_reward_model_goes_on_from_its_own_head(tmp_path, capsys):
 
     saved = str(tmp_path / "r" / "reward_model")
     end = [row for row in rows if row["update"] == 2]
-    chosen = common.Reward(saved, backend=start_backend(), micro_batch_size=32).scores(
+    chosen = common.Reward(saved, backend=start_backend(), micro_batch_size=32).score(
         [common.Prompt(row["prompt"], [], {}) for row in end[::2]], [row["response"] for row in end[::2]]
     )
     assert chosen.mean().item() == pytest.approx(0.0, abs=1e-4)  # the new zero
