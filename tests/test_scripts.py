@@ -421,7 +421,7 @@ BAD = {
     "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
     "null_values.jsonl": ":3: 'chosen' is None",
     "wrong_types.jsonl": ":2: 'chosen' is ['a', 'list']",
-    "chosen_equals_rejected_all.jsonl": "no pair is left",
+    "chosen_equals_rejected_all.jsonl": "no pairs are left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
 }
 
