@@ -425,7 +425,7 @@ def test_a_completion_column_that_no_row_has_is_refused_if_the_user_names_it(tmp
 def test_the_last_answer_of_messages_is_a_demonstration(tmp_path, capsys):
     rows = [dict(messages=[*TALK, GOOD]), dict(messages=TALK), dict(messages=[ASK, BAD])]
     found = demonstrations(tmp_path / "p.jsonl", *rows, column="messages", prompt_column="messages")
-    assert "(1 conversations; their last messages are the answers)" in capsys.readouterr().out
+    assert "2 conversations; their last messages are the answers; 1 without an answer, dropped)" in capsys.readouterr().out
     plain = [dict(prompt=TALK, completion="Yes."), dict(prompt=[ASK], completion="No.")]
     expected = demonstrations(tmp_path / "plain.jsonl", *plain)
     assert [(p.text, p.ids, p.demonstration) for p in found] == [(p.text, p.ids, p.demonstration) for p in expected]
@@ -552,6 +552,7 @@ def test_decoding_leaves_the_spaces_before_signs():
         clean_up_tokenization_spaces=True,
     )
     tokenizer.num_embeddings = len(words)
+    tokenizer.eos_ids = [0]
     assert common.decode(tokenizer, [[3, 4, 5, 6, 7, 0]], [0]) == [" was great ? I 'm"]
     assert common.encode_response(tokenizer, " was great ? I 'm") == [3, 4, 5, 6, 7, 0]
 
@@ -570,18 +571,17 @@ def rows_with(digests: str) -> list[Row]:
 
 
 def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
-    a, b, one = rows_with("9371fc"), rows_with("052"), rows_with("3")
-    files = dict(a=a, b=b, one=one, same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
+    a, b = rows_with("9371fc"), rows_with("052")
+    files = dict(a=a, b=b, one=rows_with("3"), same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
     assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
     assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
+    assert common.train_and_held_out(files.get, "a", None, 64) == ([a[0], a[4], a[5]], [a[3], a[1], a[2]])
+    assert common.train_and_held_out(files.get, "low", None, 2) == ([files["low"][1]], [files["low"][2], files["low"][0]])
     assert common.train_and_held_out(files.get, "a", "b", 0) == (a, [])
-    for name in ("high", "low"):  # one row on each side is always left
-        train, held_out = common.train_and_held_out(files.get, name, None, 64)
-        assert train and held_out and len(train + held_out) == len(files[name])
-    for name in ("one", "same"):
+    for name in ("one", "same", "high", "low"):  # one side would be empty
         with pytest.raises(SystemExit) as error:
             common.train_and_held_out(files.get, name, None, 3)
-        assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+        assert error.value.code == 2 and f"{name}: too few rows to hold some out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [3, 30])
