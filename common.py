@@ -8,6 +8,7 @@ D width, R all rows of a rollout, N any number. Logits at t predict token t + 1.
 """
 
 import atexit
+import collections
 import contextlib
 import copy
 import csv
@@ -1341,15 +1342,14 @@ def read_value(row, column, where) -> str | list[dict]:
             value = json.loads(value)
     if isinstance(value, str):
         return value
-    expected = f"{where}: {column!r} is {str(value)[:40]}; expected a text or a list of {{role, content}} messages"
-    if not isinstance(value, list) or not value:
-        fail(expected)
-    for message in value:
+    messages = value if isinstance(value, list) and value else [None]
+    for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            fail(expected)
+            found = str(value)[:40]
+            fail(f"{where}: {column!r} is {found}; expected a text or a list of {{role, content}} messages")
         if message["role"] not in ROLES:
             fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
-    return value
+    return messages
 
 
 def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], dict[str, str | None], str]:
@@ -1364,15 +1364,14 @@ def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], 
     conversation = next(filter(None, earlier.values()), None)
 
     prompt = read_value(row, column, where) if has_prompt else conversation
-    form = "texts" if isinstance(prompt, str) else "conversations"
+    form = "conversations" if conversation or isinstance(prompt, list) else "texts"
     if not has_prompt:
         names = " and ".join(layout.answer_columns)
         if not earlier:
-            form = "texts"
             shared = os.path.commonprefix(list(answers.values()))
             prompt = re.sub(r"\S*\Z", "", shared).rstrip()  # the last word may be the beginning of two others
             answers = {name: text.removeprefix(prompt) for name, text in answers.items()}
-        if not prompt and len(set(answers.values())) > 1:
+        if prompt is None or (prompt == "" and len(set(answers.values())) > 1):
             fail(f"{where}: no column {column!r}, and {names} share no beginning that could be the prompt")
         form += f"; the prompt is what {names} share"
     elif isinstance(prompt, list):
@@ -1388,7 +1387,7 @@ def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], 
         if prompt.strip() not in questions:
             fail(f"{where}: {column!r} is no message of the user in the conversations of {', '.join(earlier)}")
         prompt = conversation
-        form = f"conversations; {column!r} is a user's message of each"
+        form += f"; {column!r} is a user's message of each"
 
     for name, messages in earlier.items():
         if messages and contents(messages) != contents(prompt):
@@ -1425,7 +1424,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     may_share = layout.prompt_column == "prompt" and len(layout.answer_columns) == 2
     has_prompt = not may_share or any("prompt" in row for _, row in rows)
     prompts = []
-    forms = []
+    counts = collections.Counter()
     num_repeating = 0
     for where, row in rows:
         asked, answers, form = read_row(row, where, layout, has_prompt)
@@ -1440,17 +1439,16 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
         said = json.dumps([asked, answers], sort_keys=True, default=str)
         prompt.digest = hashlib.sha256(said.encode()).hexdigest()  # it stays when a file grows or its rows move
         prompts.append(prompt)
-        forms.append(form)
+        counts[form] += 1
 
     answered = [prompt for prompt in prompts if None not in prompt.answers.values()]
     if not answered and len(layout.answer_columns) == 1:
         answered = prompts
-    counts = {form: forms.count(form) for form in sorted(set(forms))}
     counts["with an empty prompt, dropped"] = len(rows) - len(prompts)
     counts["without an answer, dropped"] = len(prompts) - len(answered)
     counts["answers repeat their prompt, which is then read twice"] = num_repeating
-    num_long = sum(prompt.num_cut > 0 for prompt in answered)
-    counts[f"longer than --max-prompt-length {max_length}, without their beginning"] = num_long
+    too_long = f"longer than --max-prompt-length {max_length}, without their beginning"
+    counts[too_long] = sum(prompt.num_cut > 0 for prompt in answered)
     report(path, len(answered), "prompts", counts)
     return answered
 

@@ -5,7 +5,7 @@ To each prompt x the policy π_k gives N responses y_1 … y_N. The next policy 
     π_{k+1}  =  argmax over π of  Σ_i exp((r(x, y_i) − W(x)) / β) log π(y_i | x),    W(x) = β log Σ_i exp(r(x, y_i) / β)
 
 so that π_{k+1} approaches π_k exp((r − W) / β) (Theorem 1; Algorithm 2 prints argmin by mistake). β → 0 is Best-of-N.
-A demonstration joins its prompt's samples: a heuristic. --weighting uniform --num-samples 0 is fine-tuning on them alone.
+A demonstration joins its prompt's samples: a heuristic. --weighting uniform --num-samples 0 is fine-tuning on them.
 
 This script does without these parts of ReMax:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;

@@ -340,7 +340,7 @@ def test_a_file_of_several_forms_says_how_many_there_are_of_each(tmp_path, capsy
     rows += [dict(prompt="It", chosen="It is", rejected="No")]
     path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
     dpo.load_pairs(path, PAIRS, chat_tokenizer(), 200, 48)
-    said = "prompts: 4 (1 conversations; 3 texts; 1 answers repeat their prompt, which is then read twice)"
+    said = "prompts: 4 (3 texts; 1 conversations; 1 answers repeat their prompt, which is then read twice)"
     assert said in capsys.readouterr().out
 
 
