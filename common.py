@@ -8,6 +8,7 @@ D width, R all rows of a rollout, N any number. Logits at t predict token t + 1.
 """
 
 import atexit
+import collections
 import contextlib
 import copy
 import csv
@@ -562,8 +563,10 @@ class Reward:
             fail(f"{self.name} returned {words}; expected a number for each response", status=1)
 
 
-def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[int]:
-    """The ids that a reward model reads, in training and in scoring; cut on the left.
+def reward_model_ids(tokenizer, prompt: Prompt, response, max_length=None) -> list[int]:
+    """The ids that a reward model reads, in training and in scoring.
+
+    They are cut on the left: to `max_length`, or without it by what the prompt has lost.
 
     Without a chat template: prompt + response as one text, then EOS. A chat goes through the reward model's own
     template, if it has one, which ends the response in its own way.
@@ -575,6 +578,8 @@ def reward_model_ids(tokenizer, prompt: Prompt, response, max_length) -> list[in
         ids = encode(tokenizer, prompt.text + response)
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
+    if max_length is None:
+        max_length = len(ids) - prompt.num_cut
     return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
@@ -761,7 +766,7 @@ class Backend:
 
 
 def load_tokenizer(path):
-    """The tokenizer, which also learns the numbers of the model's embeddings and positions."""
+    """The tokenizer, which also learns what else its model says about texts: their limits and what ends them."""
     if Path(path, "adapter_config.json").is_file():
         merge = "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         fail(f"{path}: holds adapters (LoRA); merge them into their model first: {merge}")
@@ -770,12 +775,18 @@ def load_tokenizer(path):
         whole_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         config = whole_config.get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(path)
+        except OSError:  # there is none, and transformers makes one
+            generation = transformers.GenerationConfig.from_model_config(whole_config)
     if getattr(whole_config, "quantization_config", None):
         fail(f"{path}: its weights are quantised and cannot be trained: give the model without quantisation")
     if not 0 < tokenizer.vocab_size <= config.vocab_size:  # 0 where the tokenizer's files are missing
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {config.vocab_size:,}")
     tokenizer.num_embeddings = config.vocab_size  # added tokens may lie beyond them: `encode` looks
     tokenizer.num_positions = num_positions(config)
+    eos_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    tokenizer.eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
     return tokenizer
 
 
@@ -855,17 +866,13 @@ def load_language_model(path, sampling: Sampling, backend):
 
 def new_policy(model, tokenizer, sampling: Sampling, device) -> Policy:
     """A policy around a causal language model. Its engine is a plain module until `train_engine` or `freeze`."""
-    eos_ids = model.generation_config.eos_token_id
-    if not isinstance(eos_ids, list):
-        eos_ids = [eos_ids]
-    eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
-    if not eos_ids:
+    if not tokenizer.eos_ids:
         fail(f"{model.name_or_path}: neither generation_config nor tokenizer names an EOS token")
     return Policy(
         engine=TokenLogprobs(model, sampling.temperature),
         decoder=same_weights(model),
         tokenizer=tokenizer,
-        eos_ids=eos_ids,
+        eos_ids=tokenizer.eos_ids,
         sampling=sampling,
         device=device,
     )
@@ -1285,14 +1292,13 @@ def as_floats(found) -> list[float]:
 #
 # Files become rows, rows become prompts with the answers to learn from, and texts become token ids.
 #
-# A prompt is a text or chat messages, and so is an answer (chosen, rejected, completion). `load_prompts` tells the
-# forms of a row apart by their shape, checks what it assumes, and says in the data's line which form it found:
+# A prompt is a text or chat messages, and so is an answer (chosen, rejected, completion). `read_row` tells the
+# forms of a row apart by their shape and checks what it assumes; the data's line says which forms it found:
 #
 #   prompt     answers                    read as
-#   text       texts                      they are; where all answers of a file repeat their prompts, it is cut off
+#   text       texts                      they are
 #   text       whole conversations        the conversation is the prompt; the text must be a user's message of it
-#   messages   texts, last messages       they are
-#   messages   whole conversations        the last message is the answer; the earlier ones must be the prompt's
+#   messages   texts or messages          the last message is the answer; earlier ones must be the prompt's
 #   the same column                       the last message is the answer, the earlier ones are the prompt
 #   no column  two conversations          the earlier messages, which must be the same, are the prompt
 #   no column  two texts                  their common beginning, up to its last white space, is the prompt
@@ -1300,14 +1306,25 @@ def as_floats(found) -> list[float]:
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "document")
+# How a list of chat messages begins as a text, whether it is JSON or Python's own form, which pandas writes.
+LIKE_MESSAGES = re.compile(r"\s*\[\s*\{(?=.*['\"]role['\"]\s*:)(?=.*['\"]content['\"]\s*:)", re.DOTALL)
+
+
+@dataclasses.dataclass
+class Layout:
+    """What `load_prompts` reads of a data set."""
+
+    config: str | None = None  # of a hub data set
+    split: str = "train"  # of a hub data set
+    prompt_column: str = "prompt"
+    answer_columns: typing.Sequence[str] = ()  # a row may lack a single answer, but not one of two
 
 
 def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
     """Rows of a local file (FILES, also with .gz, or .parquet) or of a hub data set -> [(where it stands, row)]."""
-    name = Path(path).name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
+    suffix = Path(path.lower().removesuffix(".gz")).suffix
     if suffix in FILES:  # `datasets` does not know the line of an error, and parses dates
-        rows = read_file(path, suffix, is_packed=name.endswith(".gz"))
+        rows = read_file(path, suffix)
     elif suffix != ".parquet" and Path(path).is_file():
         fail(f"{path}: not a {', '.join(FILES)} file (each may be packed as .gz), nor a .parquet file")
     else:
@@ -1316,34 +1333,21 @@ def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
         with fails_with(path):
-            is_file = suffix == ".parquet"
-            table = datasets.Dataset.from_parquet(path) if is_file else datasets.load_dataset(path, config, split=split)
-            for column, feature in table.features.items():
-                if (raw := undecoded(feature)) != feature:
-                    table = table.cast_column(column, raw)
+            if suffix == ".parquet":
+                table = datasets.Dataset.from_parquet(path)
+            else:
+                table = datasets.load_dataset(path, config, split=split)
+            table = table.to_iterable_dataset().decode(False)  # a broken image that nobody reads does no harm
             rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
 
 
-def undecoded(feature):
-    """The type of a hub data set's column, whose images, sounds and the like stay bytes: a broken one may pass."""
-    import datasets
-
-    if isinstance(feature, dict):
-        return {name: undecoded(part) for name, part in feature.items()}
-    if isinstance(feature, datasets.List):
-        return datasets.List(undecoded(feature.feature), length=feature.length)
-    if hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
-        return dataclasses.replace(feature, decode=False)
-    return feature
-
-
-def read_file(path, suffix, is_packed) -> list[tuple[str, dict]]:
+def read_file(path, suffix) -> list[tuple[str, dict]]:
     with fails_with(path):
         data = Path(path).read_bytes()
-        if is_packed:
+        if path.lower().endswith(".gz"):
             data = gzip.decompress(data)
     try:
         text = data.decode("utf-8-sig")
@@ -1384,220 +1388,132 @@ def read_csv(path, text, delimiter) -> Iterator[tuple[str, dict]]:
 def read_value(row, column, where) -> str | list[dict]:
     """A text or chat messages. csv files hold messages as a text of JSON."""
     if column not in row:
-        fail_without_column(row, column, where)
+        names = ", ".join(map(str, row)) or "no others"
+        fail(f"{where}: no column {column!r}; there are: {names} (the flags in -column name them)")
     value = row[column]
-    if isinstance(value, str):
-        value = messages_in(value, column, where) or value
+    if isinstance(value, str) and LIKE_MESSAGES.match(value):  # as a text it would teach the brackets
+        with fails_with(f"{where}: {column!r} holds chat messages, but not as JSON: write the column with json.dumps"):
+            value = json.loads(value)
     if isinstance(value, str):
         return value
-    try:
-        texts = [message["role"] + message["content"] for message in value]
-    except (TypeError, KeyError):
-        texts = []
-    if not texts:
-        fail(f"{where}: {column!r} is {str(value)[:40]}; expected a text or a list of {{role, content}} messages")
-    for message in value:
+    messages = value if isinstance(value, list) and value else [None]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            found = str(value)[:40]
+            fail(f"{where}: {column!r} is {found}; expected a text or a list of {{role, content}} messages")
         if message["role"] not in ROLES:
             fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
-    return value
+    return messages
 
 
-def messages_in(text, column, where) -> list[dict] | None:
-    """The messages that a text of JSON holds; None where it is just a text."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        # Python's own form of a list, as pandas writes it, or a broken one: as a text it would teach the brackets.
-        if re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", text):
-            fail(f"{where}: {column!r} holds chat messages, but not as JSON: write the column with json.dumps")
-        return None
-    is_chat = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    return value if is_chat and value else None
+def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], dict[str, str | None], str]:
+    """-> (the prompt, the answers by column, the name of the row's form). Answers share a prompt without a column."""
+    column = layout.prompt_column
+    answers = {}
+    earlier = {}  # what stands before an answer in its column, if that holds messages
+    for name in layout.answer_columns:
+        answers[name], messages = read_answer(row, name, where, layout)
+        if messages is not None:
+            earlier[name] = messages
+    conversation = next(filter(None, earlier.values()), None)
 
-
-def fail_without_column(row, column, where, reason="") -> typing.NoReturn:
-    names = ", ".join(map(str, row)) or "no others"
-    fail(f"{where}: no column {column!r}{reason}; there are: {names} (the flags in -column name them)")
-
-
-@dataclasses.dataclass
-class Exchange:
-    """What a row asks and how it is answered, whatever form it had."""
-
-    prompt: str | list[dict]
-    answers: dict[str, str | None]  # by column; None: the row has none
-    form: str  # for people
-    lost_answer: bool = False  # the prompt ended with an answer that nobody reads
-
-
-def read_exchange(row, where, prompt_column, answer_columns, has_prompt, may_lack_answers) -> Exchange:
-    """A row of any form. `has_prompt`: the prompt has a column; `may_lack_answers`: then an answer may be None."""
-    prompt = read_value(row, prompt_column, where) if has_prompt else None
-    values = {}
-    for column in answer_columns:
-        is_absent = may_lack_answers and row.get(column) is None
-        values[column] = None if is_absent else read_value(row, column, where)
-
-    lost_answer = False
-    if prompt is None:
-        prompt, values = shared_prompt(row, where, prompt_column, values)
-        form = f"{kind_of(prompt)}; the prompt is what {' and '.join(answer_columns)} share"
-    elif prompt_column in answer_columns:
-        prompt, has_answer = conversation_before(prompt, prompt_column, where)
-        form = "conversations; their last messages are the answers"
-        if may_lack_answers and not has_answer:
-            values[prompt_column] = None
+    prompt = read_value(row, column, where) if has_prompt else conversation
+    form = "conversations" if conversation or isinstance(prompt, list) else "texts"
+    if not has_prompt:
+        names = " and ".join(layout.answer_columns)
+        if not earlier:
+            shared = os.path.commonprefix(list(answers.values()))
+            prompt = re.sub(r"\S*\Z", "", shared).rstrip()  # the last word may be the beginning of two others
+            answers = {name: text.removeprefix(prompt) for name, text in answers.items()}
+        if prompt is None or (prompt == "" and len(set(answers.values())) > 1):
+            fail(f"{where}: no column {column!r}, and {names} share no beginning that could be the prompt")
+        form += f"; the prompt is what {names} share"
     elif isinstance(prompt, list):
-        prompt, lost_answer = conversation_before(prompt, prompt_column, where)
-        form = "conversations"
-    elif conversation := whole_conversation(prompt, prompt_column, values, where):
-        prompt = conversation
-        form = f"conversations; {prompt_column!r} is a user's message of each"
-    else:
-        form = "texts"
-    answers = {column: read_answer(value, prompt, column, where) for column, value in values.items()}
-    return Exchange(prompt, answers, form, lost_answer)
-
-
-def kind_of(value) -> str:
-    return "texts" if isinstance(value, str) else "conversations"
-
-
-def conversation_before(value, column, where) -> tuple[list[dict], bool]:
-    """-> (the messages without an answer at their end, whether there is one)."""
-    if isinstance(value, str):
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+            form += "; their last messages are the answers" if column in answers else " without their last answers"
+        if not prompt:
+            fail(f"{where}: {column!r} holds an answer alone; expected the messages before it")
+    elif column in answers:
         fail(f"{where}: {column!r} is a text; a column that holds prompt and answer must hold chat messages")
-    if value[-1]["role"] != "assistant":
-        return value, False
-    if len(value) == 1:
-        fail(f"{where}: {column!r} holds an answer alone; expected the messages before it")
-    return value[:-1], True
+    elif conversation:
+        questions = [message["content"].strip() for message in conversation if message["role"] == "user"]
+        if prompt.strip() not in questions:
+            fail(f"{where}: {column!r} is no message of the user in the conversations of {', '.join(earlier)}")
+        prompt = conversation
+        form += f"; {column!r} is a user's message of each"
+
+    for name, messages in earlier.items():
+        if messages and contents(messages) != contents(prompt):
+            fail(f"{where}: the messages of {name!r} before its answer are not the prompt's")
+    return prompt, answers, form
 
 
-def whole_conversation(text, prompt_column, values, where) -> list[dict] | None:
-    """What stands before the answer where answers are whole conversations; the prompt's text must be in it."""
-    for column, value in values.items():
-        if isinstance(value, list) and len(value) > 1:
-            questions = [message["content"].strip() for message in value[:-1] if message["role"] == "user"]
-            if text.strip() not in questions:
-                fail(f"{where}: {column!r} is a conversation in which {prompt_column!r} is no message of the user")
-            return value[:-1]
-    return None
-
-
-def shared_prompt(row, where, prompt_column, values) -> tuple:
-    """-> (the prompt that two answers share, the answers, of texts without it)."""
-    (first_column, first), (second_column, second) = values.items()
-    if isinstance(first, list) and len(first) > 1:
-        return first[:-1], values  # read_answer checks that the other has the same messages
-    if isinstance(first, list) or isinstance(second, list):
-        reason = f", and {first_column!r} and {second_column!r} are not both texts or both conversations"
-        fail_without_column(row, prompt_column, where, reason)
-    shared = os.path.commonprefix([first, second])
-    spaces = [i for i, letter in enumerate(shared) if letter.isspace()]
-    size = len(shared[: spaces[-1]].rstrip()) if spaces else 0
-    if size == 0 and first != second:
-        reason = f", and {first_column!r} and {second_column!r} have no common beginning that could be the prompt"
-        fail_without_column(row, prompt_column, where, reason)
-    return shared[:size], {first_column: first[size:], second_column: second[size:]}
-
-
-def read_answer(value, prompt, column, where) -> str | None:
-    """The text of an answer; of messages it is the last one, and the earlier ones must be the prompt's."""
-    if value is None or isinstance(value, str):
-        return value
-    *earlier, last = value
-    if last["role"] != "assistant":
-        fail(f"{where}: {column!r} ends with a message of the {last['role']}; expected the assistant's answer")
-    if earlier and (isinstance(prompt, str) or contents(earlier) != contents(prompt)):
-        fail(f"{where}: the messages of {column!r} before its answer are not the prompt's")
-    return last["content"]
+def read_answer(row, column, where, layout: Layout) -> tuple[str | None, list[dict] | None]:
+    """-> (the text of an answer, the messages before it). Either is None if the row has none."""
+    may_lack = len(layout.answer_columns) == 1
+    if may_lack and row.get(column) is None:
+        return None, None
+    value = read_value(row, column, where)
+    if isinstance(value, str):
+        return value, None
+    if value[-1]["role"] == "assistant":
+        return value[-1]["content"], value[:-1]
+    if may_lack and column == layout.prompt_column:
+        return None, None
+    fail(f"{where}: {column!r} ends with a message of the {value[-1]['role']}; expected the assistant's answer")
 
 
 def contents(messages) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
-def cut_repeated_prompts(exchanges: list[Exchange]) -> int:
-    """Answers that repeat their prompt's text lose it, if all of a file do -> how many do, if only some."""
-    num_repeating = num_others = 0
-    for exchange in exchanges:
-        for answer in exchange.answers.values():
-            if answer is not None and isinstance(exchange.prompt, str) and exchange.prompt.strip():
-                repeats = answer.startswith(exchange.prompt)
-                num_repeating += repeats
-                num_others += not repeats
-    if num_others or not num_repeating:  # some may do so by chance, or because the task is to repeat
-        return num_repeating
-    for exchange in exchanges:
-        if isinstance(exchange.prompt, str):
-            exchange.form = "texts; answers repeat the prompt, which is cut off"
-            for column, answer in exchange.answers.items():
-                if answer is not None:
-                    exchange.answers[column] = answer.removeprefix(exchange.prompt)
-    return 0
-
-
-def load_prompts(
-    path, hub, prompt_column, tokenizer, max_length, answer_columns=(), may_lack_answers=False
-) -> list[Prompt]:
+def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     """Prompts cut on the left to `max_length` tokens (a BOS stays in front), with the texts of their answers.
 
-    `hub`: (configuration, split). `may_lack_answers`: the answer of a row without one is None; else it is refused.
+    Rows with an empty prompt or answer are dropped. If rows may lack an answer and all do, the prompts stay without.
     """
-    rows = load_rows(path, *hub)
-    # Two answers may share their prompt. If the user names a column for it, it must be there.
-    may_share = prompt_column == "prompt" and len(answer_columns) == 2
-    has_prompt = not may_share or any(prompt_column in row for _, row in rows)
-    columns = (prompt_column, answer_columns, has_prompt, may_lack_answers)
-    exchanges = [read_exchange(row, where, *columns) for where, row in rows]
-    num_repeating = cut_repeated_prompts(exchanges) if has_prompt else 0
-
-    prompts, lengths, num_empty = [], [], 0
-    for (where, row), exchange in zip(rows, exchanges):
-        prompt = make_prompt(exchange.prompt, tokenizer, max_length, f"{where}: {prompt_column!r}")
+    rows = load_rows(path, layout.config, layout.split)
+    # Two answers may share their prompt, but not if the user has named its column, or if some row has it.
+    may_share = layout.prompt_column == "prompt" and len(layout.answer_columns) == 2
+    has_prompt = not may_share or any("prompt" in row for _, row in rows)
+    prompts = []
+    counts = collections.Counter()
+    num_repeating = 0
+    for where, row in rows:
+        asked, answers, form = read_row(row, where, layout, has_prompt)
+        prompt = make_prompt(asked, tokenizer, max_length, f"{where}: {layout.prompt_column!r}")
         if not prompt.text.strip() or not prompt.ids:
-            num_empty += 1
             continue
         prompt.where = where
-        prompt.columns = {name: value for name, value in row.items() if name != prompt_column}
-        prompt.answers = exchange.answers
-        prompt.digest = digest_of(exchange)
-        lengths.append(len(prompt.ids) + prompt.num_cut)
+        prompt.columns = {name: value for name, value in row.items() if name != layout.prompt_column}
+        for column, answer in answers.items():
+            prompt.answers[column] = answer if answer and answer.strip() else None
+            num_repeating += bool(answer and answer.startswith(prompt.text))
+        said = json.dumps([asked, answers], sort_keys=True, default=str)
+        prompt.digest = hashlib.sha256(said.encode()).hexdigest()  # it stays when a file grows or its rows move
         prompts.append(prompt)
-    if not prompts:
-        fail(f"{path}: every prompt is empty")
-    counts = {
-        "empty, dropped": num_empty,
-        "lost the answer at their end": sum(exchange.lost_answer for exchange in exchanges),
-        "answers begin like their prompt, read as they are": num_repeating,
-    }
-    report(path, len(prompts), "prompts", counts, forms=[exchange.form for exchange in exchanges])
-    report_lengths(lengths, max_length, "--max-prompt-length", "prompts", "lose their beginning")
-    return prompts
+        counts[form] += 1
+
+    answered = [prompt for prompt in prompts if None not in prompt.answers.values()]
+    if not answered and len(layout.answer_columns) == 1:
+        answered = prompts
+    counts["with an empty prompt, dropped"] = len(rows) - len(prompts)
+    counts["without an answer, dropped"] = len(prompts) - len(answered)
+    counts["answers repeat their prompt, which is then read twice"] = num_repeating
+    too_long = f"longer than --max-prompt-length {max_length}, without their beginning"
+    counts[too_long] = sum(prompt.num_cut > 0 for prompt in answered)
+    report(path, len(answered), "prompts", counts)
+    return answered
 
 
 def make_prompt(value, tokenizer, max_length, place) -> Prompt:
     """A text, or chat messages by the tokenizer's template, as a prompt; `place` is for error messages."""
-    messages = None
-    if isinstance(value, str):
-        text = value
-        ids = encode(tokenizer, text)
-    else:
-        messages = value
-        text = chat_text(tokenizer, messages, place, add_generation_prompt=True)
-        ids = encode(tokenizer, text, add_special_tokens=False)  # a chat template writes its own
+    messages = None if isinstance(value, str) else value
+    text = chat_text(tokenizer, messages, place, add_generation_prompt=True) if messages else value
+    ids = encode(tokenizer, text, add_special_tokens=not messages)  # a chat template writes its own
     kept_ids = cut_left(ids, max_length, tokenizer.bos_token_id)
     return Prompt(text, kept_ids, columns={}, messages=messages, num_cut=len(ids) - len(kept_ids))
-
-
-def digest_of(exchange: Exchange) -> str:
-    """A hash of what is asked and answered; it stays when a file grows or its rows move."""
-    prompt = exchange.prompt if isinstance(exchange.prompt, str) else contents(exchange.prompt)
-    text = json.dumps([prompt, exchange.answers], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def chat_text(tokenizer, messages, where, **kwargs) -> str:
@@ -1607,30 +1523,20 @@ def chat_text(tokenizer, messages, where, **kwargs) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
-def report(path, size, rows, counts: dict[str, int], forms: list[str] | None = None):
-    """The data's line: how many rows there are, which forms they have, and what was dropped."""
-    names = list(dict.fromkeys(forms or []))
-    notes = names if len(names) < 2 else [f"{forms.count(name):,} {name}" for name in names]
-    notes += [f"{count:,} {name}" for name, count in counts.items() if count]
-    print(f"{os.path.relpath(path)}, {rows}: {size:,}" + (f" ({'; '.join(notes)})" if notes else ""))
-
-
-def report_lengths(lengths: list[int], limit, flag, rows, loss):
-    """Says how many rows are too long; if they are more than a tenth, as a warning."""
-    count = sum(length > limit for length in lengths)
-    if count:
-        most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
-        sign = "warning: " if count > len(lengths) / 10 else ""
-        found = f"{sign}{count:,} of {len(lengths):,} {rows} are longer than {flag} {limit} and {loss}"
-        print(f"{found}; 95 % have at most {most:,} tokens")
+def report(path, size, rows, counts: dict[str, int]):
+    """The data's line: how many rows there are, their forms, and what was dropped. Without any row the run ends."""
+    notes = "; ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    if size == 0:
+        fail(f"{path}: no {rows} are left ({notes})")
+    print(f"{os.path.relpath(path)}, {rows}: {size:,} ({notes or 'all'})")
 
 
 def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     """-> (training rows, held-out rows); without an evaluation data set, up to `size` rows are held out.
 
-    Rows have a `digest`. The least ones are held out, and only from the lower half of all possible ones: neither the
-    number of rows nor their order counts, so rows that are added later may replace held-out rows, but never turn a row
-    that was trained on into a held-out one. Equal rows are never on both sides.
+    They are those with the least digests, and only from the lower half of all possible digests, so that about half of a
+    small file stays. Rows that are added later may replace held-out rows, but they never turn a row that was trained on
+    into a held-out one, and equal rows are never on both sides.
     """
     print("Data:")
     rows = load(dataset)
@@ -1639,15 +1545,14 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     print("Held-out data:")
     if eval_dataset:
         return rows, load(eval_dataset)[:size]
-    ordered = sorted(rows, key=lambda row: row.digest)
-    candidates = [row for row in ordered if row.digest < "8"] or ordered[:1]  # of hexadecimal digits: the lower half
-    last = ordered[-1].digest  # something must be left to train on, even of two rows
-    held_out = [row for row in candidates[:size] if row.digest != last]
-    if not held_out:
-        fail(f"{dataset}: its one row cannot be both trained on and held out: give --eval-dataset")
+    candidates = [row for row in rows if row.digest < "8"]  # of hexadecimal digits: the lower half
+    held_out = sorted(candidates, key=lambda row: row.digest)[:size]
     digests = {row.digest for row in held_out}
+    trained = [row for row in rows if row.digest not in digests]
+    if not held_out or not trained:
+        fail(f"{dataset}: too few rows to hold some out: give --eval-dataset")
     print(f"{len(held_out):,} of them, which are not trained on")
-    return [row for row in rows if row.digest not in digests], held_out
+    return trained, held_out
 
 
 def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
@@ -1665,7 +1570,7 @@ def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
     return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
 
 
-def encode_answers(tokenizer, prompts: list[Prompt], column, eos_ids: list[int]) -> list[list[int]]:
+def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
     """The ids of a column's answers as the policy should write them after their prompts, with an EOS at the end.
 
     An answer in a chat ends as the chat template ends it. Some templates rewrite answers (those of reasoning models
@@ -1674,74 +1579,38 @@ def encode_answers(tokenizer, prompts: list[Prompt], column, eos_ids: list[int])
     rows = []
     num_rewritten = 0
     for prompt in prompts:
-        text = prompt.answers[column]
-        ids = encode_turn(tokenizer, prompt, text, eos_ids) if prompt.messages else None
-        if ids is None:
-            num_rewritten += prompt.messages is not None
-            ids = encode_response(tokenizer, text)
-        rows.append(ids)
+        answer = prompt.answers[column]
+        turn = answer
+        if prompt.messages:
+            messages = [*prompt.messages, dict(role="assistant", content=answer)]
+            whole = chat_text(tokenizer, messages, prompt.where)
+            turn = whole.removeprefix(prompt.text)
+            core = answer.strip()  # templates may cut off white space
+            if turn == whole or whole.count(core) == prompt.text.count(core):
+                num_rewritten += 1
+                turn = answer
+        rows.append(encode_response(tokenizer, turn))
     if num_rewritten:
         reason = "since the chat template would change them"
         print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")
     return rows
 
 
-def encode_turn(tokenizer, prompt: Prompt, text, eos_ids: list[int]) -> list[int] | None:
-    """The ids of the assistant's turn up to its EOS, by the chat template; None where that would rewrite the answer."""
-    turns = []
-    for answer in (text, "X0X"):
-        messages = [*prompt.messages, dict(role="assistant", content=answer)]
-        turns.append(chat_text(tokenizer, messages, prompt.where))
-    whole, frame = turns
-    # Another answer shows what the template writes around any answer. It may cut off white space.
-    if whole not in (frame.replace("X0X", text), frame.replace("X0X", text.strip())):
-        return None
-    if not whole.startswith(prompt.text):
-        return None
-    prompt_ids = encode(tokenizer, prompt.text, add_special_tokens=False)
-    ids = encode(tokenizer, whole, add_special_tokens=False)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:  # a token lies across the border, but the policy begins to write at it
-        ids = encode_continuation(tokenizer, whole.removeprefix(prompt.text))
-    for i, token in enumerate(ids):
-        if token in eos_ids:  # what the template writes after it belongs to the next turn
-            return ids[: i + 1]
-    return [*ids, eos_id_of(tokenizer)]
-
-
 def encode_response(tokenizer, text) -> list[int]:
-    """The ids of a text as it stands after a prompt, with one EOS."""
-    ids = encode_continuation(tokenizer, text)
-    if ids[-1:] != [eos_id_of(tokenizer)]:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    """The ids of a text as it stands after a prompt, up to its first EOS; one follows if it has none.
 
-
-def encode_continuation(tokenizer, text) -> list[int]:
-    """The ids of a text as it stands after a prompt: some tokenizers begin a text alone with a space."""
-    ids = encode(tokenizer, text, add_special_tokens=False)
-    if decode(tokenizer, [ids]) == [text]:
-        return ids
-    anchor = encode(tokenizer, "\n", add_special_tokens=False)
-    return encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
-
-
-def eos_id_of(tokenizer) -> int:
+    Some tokenizers begin a text alone with a space, which is not in it.
+    """
     if tokenizer.eos_token_id is None:
         fail(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends a response")
-    return tokenizer.eos_token_id
-
-
-def load_eos_ids(path, tokenizer) -> list[int]:
-    """The ids that end a policy's responses; chat models often have several."""
-    try:
-        config = transformers.GenerationConfig.from_pretrained(path)
-    except OSError:  # there is none, and transformers makes one
-        model_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config = transformers.GenerationConfig.from_model_config(model_config)
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    ids = encode(tokenizer, text, add_special_tokens=False)
+    if decode(tokenizer, [ids]) != [text]:
+        anchor = encode(tokenizer, "\n", add_special_tokens=False)
+        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
+    for i, token in enumerate(ids):
+        if token in tokenizer.eos_ids:  # after a turn's end a template may write more
+            return ids[: i + 1]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def cut_left(ids: list[int], max_length, bos_id) -> list[int]:

@@ -48,7 +48,7 @@ class Args:
     model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
@@ -132,53 +132,48 @@ class Pair:
         return self.prompt.digest
 
 
-def load_pairs(path, hub, columns, tokenizer, eos_ids, max_prompt_length, max_length) -> list[Pair]:
+def load_pairs(path, layout, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
-    prompt_column, *answer_columns = columns
-    too_long = f"of more than --response-length {max_length} tokens, dropped"
-    pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
-    prompts = common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns)
-    columns_of_ids = [common.encode_answers(tokenizer, prompts, column, eos_ids) for column in answer_columns]
+    too_long = f"of more than {max_length} tokens, dropped"
+    pairs, counts = [], {"of equal responses, dropped": 0, too_long: 0}
+    prompts = common.load_prompts(path, layout, tokenizer, max_prompt_length)
+    columns_of_ids = [common.encode_answers(tokenizer, prompts, column) for column in layout.answer_columns]
     for prompt, ids in zip(prompts, zip(*columns_of_ids)):
-        responses = tuple(prompt.answers[column] for column in answer_columns)
-        if not all(response.strip() for response in responses):
-            counts["with an empty response, dropped"] += 1
-        elif ids[0] == ids[1]:
+        responses = tuple(prompt.answers[column] for column in layout.answer_columns)
+        if ids[0] == ids[1]:
             counts["of equal responses, dropped"] += 1
         elif max(map(len, ids)) > max_length:
             counts[too_long] += 1
         else:
             pairs.append(Pair(prompt, responses, ids))
-    if not pairs:
-        common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
     common.report(path, len(pairs), "pairs", counts)
     return pairs
 
 
-def scores(policy, pairs):
+def scores(model, pairs):
     """Log-ratios log π − log π_ref of whole responses, EOS included -> (chosen_B, rejected_B), in one forward."""
     chosen = [pair.ids[0] for pair in pairs]
     rejected = [pair.ids[1] for pair in pairs]
-    responses = common.as_responses(policy, [pair.prompt for pair in pairs + pairs], chosen + rejected)
-    logprobs_2B = (common.logprobs(policy, responses) * responses.mask_BT).sum(1).view(2, -1)
-    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=policy.device).T
+    responses = common.as_responses(model, [pair.prompt for pair in pairs + pairs], chosen + rejected)
+    logprobs_2B = (common.logprobs(model, responses) * responses.mask_BT).sum(1).view(2, -1)
+    return logprobs_2B - torch.tensor([pair.ref_logprobs for pair in pairs], device=model.device).T
 
 
 @torch.no_grad()
-def scores_of_all(policy, pairs, pairs_at_once) -> list[tuple[float, float]]:
+def scores_of_all(model, pairs, pairs_at_once) -> list[tuple[float, float]]:
     """-> each pair's scores, the same on every rank."""
     share = common.deal_out(pairs)
     found = []
     for start in range(0, len(share), pairs_at_once):
-        chosen_M, rejected_M = scores(policy, share[start : start + pairs_at_once])
+        chosen_M, rejected_M = scores(model, share[start : start + pairs_at_once])
         found += zip(chosen_M.tolist(), rejected_M.tolist())
     return common.gather_rows(found)[: len(pairs)]
 
 
-def evaluate(policy, pairs, pairs_at_once, beta) -> list[dict]:
+def evaluate(model, pairs, pairs_at_once, beta) -> list[dict]:
     """-> one row per held-out response, chosen and rejected in turn."""
     rows = []
-    for pair, found in zip(pairs, scores_of_all(policy, pairs, pairs_at_once)):
+    for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
             row = dict(reward=beta * found[i], logprob=found[i] + pair.ref_logprobs[i])
             rows.append(row | dict(length=len(pair.ids[i])))
@@ -201,12 +196,15 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
-    eos_ids = common.load_eos_ids(args.model, tokenizer)
+    layout = common.Layout(
+        config=args.dataset_config,
+        split=args.dataset_split,
+        prompt_column=args.prompt_column,
+        answer_columns=[args.chosen_column, args.rejected_column],
+    )
 
     def load(path):
-        columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        hub = (args.dataset_config, args.dataset_split)
-        return load_pairs(path, hub, columns, tokenizer, eos_ids, args.max_prompt_length, args.response_length)
+        return load_pairs(path, layout, tokenizer, args.max_prompt_length, args.response_length)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)

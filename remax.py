@@ -52,7 +52,7 @@ class Args:
     model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
@@ -176,10 +176,14 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+    layout = common.Layout(
+        config=args.dataset_config,
+        split=args.dataset_split,
+        prompt_column=args.prompt_column,
+    )
 
     def load_prompts(path):
-        hub = (args.dataset_config, args.dataset_split)
-        return common.load_prompts(path, hub, args.prompt_column, tokenizer, args.max_prompt_length)
+        return common.load_prompts(path, layout, tokenizer, args.max_prompt_length)
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)

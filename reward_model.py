@@ -20,7 +20,6 @@ Eight GPUs:  deepspeed reward_model.py --model M --dataset D --learning-rate 1e-
 Names carry shapes: B pairs on this rank, M pairs of a micro-batch. The rest is in common.py.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +49,7 @@ class Args:
     model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
@@ -136,26 +135,20 @@ class Pair:
         return self.prompt.digest
 
 
-def load_pairs(path, hub, columns, tokenizer, max_prompt_length, max_length) -> list[Pair]:
+def load_pairs(path, layout, tokenizer, max_prompt_length, max_length) -> list[Pair]:
     """Prompts are cut on the left, responses never. Pairs that teach nothing are dropped and counted."""
-    prompt_column, *answer_columns = columns
-    too_long = f"of more than the model's {max_length} positions, dropped"
-    pairs, counts = [], {"with an empty response, dropped": 0, "of equal responses, dropped": 0, too_long: 0}
-    prompts = common.load_prompts(path, hub, prompt_column, tokenizer, max_prompt_length, answer_columns)
+    too_long = f"of more than {max_length} tokens, dropped"
+    pairs, counts = [], {"of equal responses, dropped": 0, too_long: 0}
+    prompts = common.load_prompts(path, layout, tokenizer, max_prompt_length)
     for prompt in prompts:
-        responses = tuple(prompt.answers[column] for column in answer_columns)
-        ids = tuple(common.reward_model_ids(tokenizer, prompt, text, sys.maxsize) for text in responses)
-        ids = tuple(common.cut_left(row, len(row) - prompt.num_cut, tokenizer.bos_token_id) for row in ids)
-        if not all(response.strip() for response in responses):
-            counts["with an empty response, dropped"] += 1
-        elif ids[0] == ids[1]:
+        responses = tuple(prompt.answers[column] for column in layout.answer_columns)
+        ids = tuple(common.reward_model_ids(tokenizer, prompt, text) for text in responses)
+        if ids[0] == ids[1]:
             counts["of equal responses, dropped"] += 1
         elif max(map(len, ids)) > max_length:
             counts[too_long] += 1
         else:
             pairs.append(Pair(prompt, responses, ids))
-    if not pairs:
-        common.fail(f"{path}: no pair is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n)})")
     common.report(path, len(pairs), "pairs", counts)
     return pairs
 
@@ -204,11 +197,15 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
+    layout = common.Layout(
+        config=args.dataset_config,
+        split=args.dataset_split,
+        prompt_column=args.prompt_column,
+        answer_columns=[args.chosen_column, args.rejected_column],
+    )
 
     def load(path):
-        columns = (args.prompt_column, args.chosen_column, args.rejected_column)
-        hub = (args.dataset_config, args.dataset_split)
-        return load_pairs(path, hub, columns, tokenizer, args.max_prompt_length, tokenizer.num_positions)
+        return load_pairs(path, layout, tokenizer, args.max_prompt_length, tokenizer.num_positions)
 
     pairs, eval_pairs = common.train_and_held_out(load, args.dataset, args.eval_dataset, args.eval_size)
     total_episodes = args.total_episodes or args.num_epochs * len(pairs)

@@ -5,8 +5,7 @@ To each prompt x the policy π_k gives N responses y_1 … y_N. The next policy 
     π_{k+1}  =  argmax over π of  Σ_i exp((r(x, y_i) − W(x)) / β) log π(y_i | x),    W(x) = β log Σ_i exp(r(x, y_i) / β)
 
 so that π_{k+1} approaches π_k exp((r − W) / β) (Theorem 1; Algorithm 2 prints argmin by mistake). β → 0 is Best-of-N.
-If the data has demonstrations, each joins its prompt's samples: a heuristic. Without samples (--weighting uniform
---num-samples 0) this is supervised fine-tuning: the whole run is one fit, and an update is a batch of demonstrations.
+A demonstration joins its prompt's samples: a heuristic. --weighting uniform --num-samples 0 is fine-tuning on them.
 
 This script does without these parts of ReMax:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
@@ -51,7 +50,7 @@ class Args:
     model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
@@ -162,23 +161,15 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
     return -(weights_BT * mask_BT * logprobs_BT / denominator).sum()  # eq. 13, as a loss
 
 
-def read_demonstrations(path, prompts, column, tokenizer, eos_ids, max_length):
-    """Gives prompts their demonstrations, as token ids with EOS -> the prompts that have one which is not too long."""
-    missing = [prompt for prompt in prompts if prompt.answers[column] is None]
-    if column == Args.completion_column and len(missing) == len(prompts):
-        return prompts  # the data have no demonstrations, and nobody says that they do
-    kept = [prompt for prompt in prompts if (prompt.answers[column] or "").strip()]
-    if not kept:
-        common.fail(f"{path}: no row has a demonstration in the column {column!r} (--completion-column names another)")
-    num_empty = len(prompts) - len(kept) - len(missing)
-    counts = {"of the prompts have none, dropped": len(missing), "empty, dropped": num_empty}
-    common.report(path, len(kept), "demonstrations", counts)
-    for prompt, ids in zip(kept, common.encode_answers(tokenizer, kept, column, eos_ids)):
+def with_demonstrations(path, prompts, column, tokenizer, max_length):
+    """Prompts get their answers, as token ids with EOS -> those whose answer is not too long."""
+    if prompts[0].answers[column] is None:  # then no row has one
+        return prompts
+    for prompt, ids in zip(prompts, common.encode_answers(tokenizer, prompts, column)):
         prompt.demonstration = ids
-    lengths = [len(prompt.demonstration) for prompt in kept]
-    common.report_lengths(lengths, max_length, "--response-length", "demonstrations", "are dropped")
-    kept = [prompt for prompt in kept if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
-    return kept or common.fail(f"every demonstration has more than --response-length {max_length} tokens")
+    kept = [prompt for prompt in prompts if len(prompt.demonstration) <= max_length]  # a cut one teaches not to end
+    common.report(path, len(kept), "demonstrations", {"over --response-length, dropped": len(prompts) - len(kept)})
+    return kept
 
 
 # ---------------------------------------------------------------- Training
@@ -197,22 +188,23 @@ def main() -> None:
 
     # 1. Data
     tokenizer = common.load_tokenizer(args.model)
-    eos_ids = common.load_eos_ids(args.model, tokenizer)
+    layout = common.Layout(
+        config=args.dataset_config,
+        split=args.dataset_split,
+        prompt_column=args.prompt_column,
+        answer_columns=[args.completion_column],
+    )
 
     def load_prompts(path):
-        hub = (args.dataset_config, args.dataset_split)
-        column = args.completion_column
-        prompts = common.load_prompts(
-            path, hub, args.prompt_column, tokenizer, args.max_prompt_length, [column], may_lack_answers=True
-        )
-        return read_demonstrations(path, prompts, column, tokenizer, eos_ids, args.response_length)
+        prompts = common.load_prompts(path, layout, tokenizer, args.max_prompt_length)
+        return with_demonstrations(path, prompts, args.completion_column, tokenizer, args.response_length)
 
     eval_size = args.eval_size if args.eval_every else 0
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
     has_demonstrations = prompts[0].demonstration is not None
+    if not has_demonstrations and (args.num_samples == 0 or args.completion_column != Args.completion_column):
+        common.fail(f"{args.dataset}: no row has a demonstration in the column {args.completion_column!r}")
     N = args.num_samples + has_demonstrations  # responses per prompt
-    if N == 0:
-        common.fail(f"{args.dataset}: no column {args.completion_column!r} with demonstrations, and --num-samples is 0")
     total_episodes = args.total_episodes or (1024 if args.num_samples > 0 else args.num_epochs * len(prompts))
     shares = backend.world_size * args.num_minibatches
     minibatch_size, num_updates = common.plan_updates(total_episodes, args.batch_size, shares)
@@ -281,7 +273,8 @@ def main() -> None:
         rewards_XN = scores.get("reward", torch.zeros(B, device=backend.device)).view(X, N)
         weights_XN = weights_of(rewards_XN, args.weighting, args.beta)  # each prompt's sum to 1
         weights_B = weights_XN.flatten()
-        run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weight=weights_B), N)
+        if args.num_samples > 0:
+            run.write_rows(f"iteration-{update}.jsonl", responses.rows(**scores, weight=weights_B), N)
         clock.lap("score")
 
         # 5. Update: a fit of its own, with new moments of Adam and its own schedule; without samples, a part of one fit

@@ -102,7 +102,7 @@ def main() -> None:
         setting = setting_of_remax(task)
         tokenizer = common.load_tokenizer(where.policy)
         sampling = common.Sampling(64, where.length, 1.0, 128)
-        prompts = common.load_prompts(str(ROOT / where.dataset), (None, "train"), "prompt", tokenizer, 64)
+        prompts = common.load_prompts(str(ROOT / where.dataset), common.Layout(), tokenizer, 64)
         reward = common.Reward(*where.scoring, backend=backend, micro_batch_size=args.batch_size)
         reference = common.load_policy(where.policy, tokenizer, sampling, backend)
         for episodes in args.episodes:

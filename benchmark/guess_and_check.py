@@ -75,7 +75,7 @@ def success(path: Path) -> dict:
     tokenizer = common.load_tokenizer(initial)
     sampling = common.Sampling(64, 60, 1.0, 900)
     policy, reference = (common.load_policy(str(folder), tokenizer, sampling, backend) for folder in (path, initial))
-    prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", (None, "train"), "prompt", tokenizer, 64)
+    prompts = common.load_prompts(f"{EXAMPLE}/prompts_test.jsonl", common.Layout(), tokenizer, 64)
     reward = common.Reward(function=f"{EXAMPLE}/rule.py:reward")
     common.set_seed(0)
     responses = common.rollout(policy, prompts, num_samples=8, greedy=True)

@@ -69,7 +69,7 @@ def watch(task, path, numbers, script, *flags) -> None:
         kept["rows"] = evaluate(policy, reference, prompts, rewards, micro_batch_size)  # in place of all later ones
         backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False)
         length = policy.sampling.max_prompt_length
-        data = common.load_prompts(str(ROOT / where.held_out), (None, "train"), "prompt", policy.tokenizer, length)
+        data = common.load_prompts(str(ROOT / where.held_out), common.Layout(), policy.tokenizer, length)
         kept["prompts"] = data[:200]
         kept["reward"] = common.Reward(*where.scoring, backend=backend, micro_batch_size=micro_batch_size)
         kept["gold"] = common.Reward(function=where.gold)

@@ -156,9 +156,9 @@ def main() -> None:
         paths.append(str(Path(path, "policy")) if Path(path, "policy").is_dir() else path)
         tokenizers.append(common.load_tokenizer(paths[-1]))
         if not args.typed:
-            hub = (args.dataset_config, args.dataset_split)
-            options = (hub, args.prompt_column, tokenizers[-1], args.max_prompt_length)
-            data.append({prompt.where: prompt for prompt in common.load_prompts(args.dataset, *options)})
+            layout = common.Layout(args.dataset_config, args.dataset_split, args.prompt_column)
+            prompts = common.load_prompts(args.dataset, layout, tokenizers[-1], args.max_prompt_length)
+            data.append({prompt.where: prompt for prompt in prompts})
     first_prompt = next(iter(data[0].values())) if data else None
     reward = common.Reward(
         model=args.reward_model,

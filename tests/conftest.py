@@ -344,6 +344,7 @@ def number_tokenizer(size: int = 50):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1")
     tokenizer.num_embeddings = size
+    tokenizer.eos_ids = [1]
     return tokenizer
 
 
@@ -359,7 +360,10 @@ def policy_of(model, tokenizer, sampling):
     """A policy around a model in memory."""
     import common
 
-    return common.new_policy(model, tokenizer, sampling, torch.device("cpu"))
+    policy = common.new_policy(model, tokenizer, sampling, torch.device("cpu"))
+    eos_ids = model.generation_config.eos_token_id or []
+    policy.eos_ids = sorted({*policy.eos_ids, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])})
+    return policy
 
 
 def logprobs_of(engine, prompts_BP, prompt_mask_BP, tokens_BT):

@@ -127,7 +127,7 @@ WRONG_FLAGS = {  # script: flags | what is said
         --model no/such/model --dataset examples/reviews/preferences.jsonl | no folder no/such/model here""",
     "dpo": """
         --chosen-column best | no column 'best'; there are:
-        --response-length 3 | no pair is left
+        --response-length 3 | no pairs are left
         --response-length 65 | is more than the 128 positions of
         --beta 0 | Input should be greater than 0
         --gold-reward-function nowhere.py:reward | no such reward function""",
@@ -185,7 +185,7 @@ PROMPT_FILES = {  # name: (content, what is said)
     "null.jsonl": ('{"prompt": "x"}\n{"prompt": null}', "null.jsonl:2: 'prompt' is None"),
     "number.jsonl": ('{"prompt": 3}', "number.jsonl:1: 'prompt' is 3"),
     "boolean.jsonl": ('{"prompt": true}', "boolean.jsonl:1: 'prompt' is True"),
-    "empty.jsonl": ('{"prompt": ""}\n{"prompt": " "}', "empty.jsonl: every prompt is empty"),
+    "empty.jsonl": ('{"prompt": ""}\n{"prompt": " "}', "empty.jsonl: no prompts are left ("),
     "messages.jsonl": ('{"prompt": []}', "messages.jsonl:1: "),
     "words.jsonl": ('{"prompt": ["x"]}', "words.jsonl:1: 'prompt' is ['x']"),
     "content.jsonl": ('{"prompt": [{"role": "user"}]}', "content.jsonl:1: 'prompt' is [{'role'"),
@@ -206,7 +206,7 @@ PROMPT_FILES = {  # name: (content, what is said)
     "narrow.csv": ("prompt,n\nx,1\ny\n", "narrow.csv:3: not 2 columns"),
     "header.csv": ("prompt,n\n", "header.csv: no rows"),
     "empty.csv": ("", "empty.csv: no rows"),
-    "spaces.csv": ("prompt\n  \n", "spaces.csv: every prompt is empty"),
+    "spaces.csv": ("prompt\n  \n", "spaces.csv: no prompts are left ("),
     "broken.parquet": ("PAR1", "broken.parquet: "),
     "empty.parquet": ("", "empty.parquet: "),
     "prompts.txt": ("The plot\n", "prompts.txt: "),
@@ -222,7 +222,7 @@ def chat_tokenizer():
 
 def refused(capsys, path, tokenizer) -> str:
     with pytest.raises(SystemExit) as error:
-        common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, 8)
+        common.load_prompts(str(path), common.Layout(), tokenizer, 8)
     assert error.value.code == 2
     return one_error(capsys)
 
@@ -276,7 +276,7 @@ def test_the_broken_files_of_the_development_data(capsys, tokenizer):
         elif path.stem in NO_PROMPTS:
             assert "no column 'prompt'" in refused(capsys, path, tokenizer)
         else:
-            prompts = common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, 32)
+            prompts = common.load_prompts(str(path), common.Layout(), tokenizer, 32)
             assert prompts and max(len(prompt.ids) for prompt in prompts) <= 32
 
 

@@ -18,7 +18,8 @@ import dpo
 import reward_model
 import spr
 
-HUB = (None, "train")
+PAIRS = common.Layout(answer_columns=["chosen", "rejected"])
+DEMONSTRATIONS = common.Layout(answer_columns=["completion"])
 
 
 def write(path, *lines: str) -> str:
@@ -27,7 +28,7 @@ def write(path, *lines: str) -> str:
 
 
 def load(path, tokenizer, max_length=64) -> list[common.Prompt]:
-    return common.load_prompts(str(path), (None, "train"), "prompt", tokenizer, max_length)
+    return common.load_prompts(str(path), common.Layout(), tokenizer, max_length)
 
 
 # ---------------------------------------------------------------- Files
@@ -120,8 +121,7 @@ def test_prompts_are_cut_on_the_left_and_empty_ones_dropped_and_counted(tmp_path
     assert prompts[0].ids == tokenizer(long)["input_ids"][-5:]
     assert [p.where for p in prompts] == [f"{path}:2", f"{path}:4"]
     out = capsys.readouterr().out
-    assert "prompts: 2 (texts; 2 empty, dropped)" in out
-    assert "warning: 1 of 2 prompts are longer than --max-prompt-length 5 and lose their beginning" in out
+    assert "prompts: 2 (2 texts; 2 with an empty prompt, dropped; 1 longer than --max-prompt-length 5, without" in out
 
 
 def test_a_bos_stays_in_front_when_a_prompt_is_cut():
@@ -169,12 +169,11 @@ def test_prompts_end_where_they_end(tmp_path, name):
     prompt, chosen = (plain(PAIR[column])["input_ids"] for column in ("prompt", "chosen"))
     assert tokenizer(PAIR["prompt"])["input_ids"] == front + prompt + ADDITIONS[name].end
     path = write(tmp_path / "p.jsonl", json.dumps(PAIR))
-    columns = ("prompt", "chosen", "rejected")
     (policy_prompt,) = load(path, tokenizer)
-    (pair,) = dpo.load_pairs(path, HUB, columns, tokenizer, [0], 64, 48)
-    (scored,) = reward_model.load_pairs(path, HUB, columns, tokenizer, 64, 128)
-    demonstrated = common.load_prompts(path, HUB, "prompt", tokenizer, 64, ["completion"], may_lack_answers=True)
-    (demonstrated,) = spr.read_demonstrations(path, demonstrated, "completion", tokenizer, [0], 48)
+    (pair,) = dpo.load_pairs(path, PAIRS, tokenizer, 64, 48)
+    (scored,) = reward_model.load_pairs(path, PAIRS, tokenizer, 64, 128)
+    demonstrated = common.load_prompts(path, DEMONSTRATIONS, tokenizer, 64)
+    (demonstrated,) = spr.with_demonstrations(path, demonstrated, "completion", tokenizer, 48)
     assert policy_prompt.ids == pair.prompt.ids == demonstrated.ids == scored.prompt.ids == front + prompt
     assert pair.ids[0] == demonstrated.demonstration == chosen + [0]
     assert scored.ids[0] == front + plain(PAIR["prompt"] + PAIR["chosen"])["input_ids"] + [0]
@@ -190,14 +189,13 @@ def test_special_tokens_at_the_end_of_the_text_itself_stay(tmp_path):
 def test_a_bos_stays_in_front_in_every_caller(tmp_path):
     tokenizer = ADDITIONS["BOS = EOS on both sides"].tokenizer()
     path = write(tmp_path / "p.jsonl", json.dumps(PAIR))
-    columns = ("prompt", "chosen", "rejected")
     plain = example_tokenizer()
     whole = plain(PAIR["prompt"] + PAIR["chosen"])["input_ids"]
     size = len(plain(PAIR["prompt"])["input_ids"])
     kept = [0, *whole[size - 2 : size]]
     (prompt,) = load(path, tokenizer, max_length=3)
-    (pair,) = dpo.load_pairs(path, HUB, columns, tokenizer, [0], 3, 48)
-    (scored,) = reward_model.load_pairs(path, HUB, columns, tokenizer, 3, 128)
+    (pair,) = dpo.load_pairs(path, PAIRS, tokenizer, 3, 48)
+    (scored,) = reward_model.load_pairs(path, PAIRS, tokenizer, 3, 128)
     assert prompt.ids == pair.prompt.ids == kept and prompt.num_cut == size + 1 - 3
     assert scored.ids[0] == [0, *whole[size - 2 :], 0]
     assert common.reward_model_ids(tokenizer, prompt, PAIR["chosen"], len(whole)) == [0, *whole[2:], 0]
@@ -254,59 +252,54 @@ PLAIN_CHAT = dict(prompt=TALK, chosen="Yes.", rejected="No.")
 SHORT_CHAT = dict(prompt=[ASK], chosen="Yes.", rejected="No.")
 PLAIN_TEXT = dict(prompt=DIALOGUE, chosen=" It was good.", rejected=" I hated it.")
 FORMS = {
-    "texts": Form(PLAIN_TEXT, PLAIN_TEXT, "(texts)"),
+    "texts": Form(PLAIN_TEXT, PLAIN_TEXT, "(1 texts)"),
     "HH": Form(
         dict(chosen=DIALOGUE + " It was good.", rejected=DIALOGUE + " I hated it."),
         PLAIN_TEXT,
-        "(texts; the prompt is what chosen and rejected share)",
+        "(1 texts; the prompt is what chosen and rejected share)",
     ),
     "HH with a common beginning of a word": Form(
         dict(chosen="Q: Why?\nA: It isn't", rejected="Q: Why?\nA: It is"),
         dict(prompt="Q: Why?\nA: It", chosen=" isn't", rejected=" is"),
-        "(texts; the prompt is what chosen and rejected share)",
+        "(1 texts; the prompt is what chosen and rejected share)",
     ),
-    "whole texts beside their prompt": Form(
-        dict(prompt=DIALOGUE, chosen=DIALOGUE + " It was good.", rejected=DIALOGUE + " I hated it."),
-        PLAIN_TEXT,
-        "(texts; answers repeat the prompt, which is cut off)",
-    ),
-    "one more column": Form(PLAIN_TEXT | dict(question=ASK), PLAIN_TEXT, "(texts)"),
-    "an answer alone as messages": Form(PLAIN_TEXT | dict(chosen=[bot(" It was good.")]), PLAIN_TEXT, "(texts)"),
+    "one more column": Form(PLAIN_TEXT | dict(question=ASK), PLAIN_TEXT, "(1 texts)"),
+    "an answer alone as messages": Form(PLAIN_TEXT | dict(chosen=[bot(" It was good.")]), PLAIN_TEXT, "(1 texts)"),
     "UltraFeedback": Form(
         dict(prompt=ASK["content"], chosen=[ASK, GOOD], rejected=[ASK, BAD]),
         SHORT_CHAT,
-        "(conversations; 'prompt' is a user's message of each)",
+        "(1 conversations; 'prompt' is a user's message of each)",
     ),
     "UltraFeedback, several turns": Form(
         dict(prompt="Hi", chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
         PLAIN_CHAT,
-        "(conversations; 'prompt' is a user's message of each)",
+        "(1 conversations; 'prompt' is a user's message of each)",
     ),
     "a text beside a conversation and an answer alone": Form(
         dict(prompt=ASK["content"], chosen=[ASK, GOOD], rejected=[BAD]),
         SHORT_CHAT,
-        "(conversations; 'prompt' is a user's message of each)",
+        "(1 conversations; 'prompt' is a user's message of each)",
     ),
-    "messages": Form(dict(prompt=TALK, chosen=[GOOD], rejected=[BAD]), PLAIN_CHAT, "(conversations)"),
-    "messages and texts": Form(dict(prompt=TALK, chosen=[GOOD], rejected="No."), PLAIN_CHAT, "(conversations)"),
+    "messages": Form(dict(prompt=TALK, chosen=[GOOD], rejected=[BAD]), PLAIN_CHAT, "(1 conversations)"),
+    "messages and texts": Form(dict(prompt=TALK, chosen=[GOOD], rejected="No."), PLAIN_CHAT, "(1 conversations)"),
     "whole conversations": Form(
-        dict(prompt=TALK, chosen=[*TALK, GOOD], rejected=[*TALK, BAD]), PLAIN_CHAT, "(conversations)"
+        dict(prompt=TALK, chosen=[*TALK, GOOD], rejected=[*TALK, BAD]), PLAIN_CHAT, "(1 conversations)"
     ),
     "conversations alone": Form(
         dict(chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
         PLAIN_CHAT,
-        "(conversations; the prompt is what chosen and rejected share)",
+        "(1 conversations; the prompt is what chosen and rejected share)",
     ),
     "conversations under another flag": Form(
         dict(prompt="x", chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
         PLAIN_CHAT,
-        "(conversations; their last messages are the answers)",
+        "(1 conversations; their last messages are the answers)",
         prompt_column="chosen",
     ),
     "messages as texts of JSON": Form(
         {name: json.dumps(value) for name, value in dict(prompt=TALK, chosen=[GOOD], rejected=[*TALK, BAD]).items()},
         PLAIN_CHAT,
-        "(conversations)",
+        "(1 conversations)",
     ),
 }
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -324,9 +317,10 @@ def chat_tokenizer(template=CHATML, *tokens):
 def as_both(path, row, prompt_column="prompt") -> list[tuple]:
     """What dpo.py and reward_model.py read."""
     write(path, json.dumps(row))
-    columns, tokenizer = (prompt_column, "chosen", "rejected"), chat_tokenizer()
-    (pair,) = dpo.load_pairs(str(path), HUB, columns, tokenizer, [0], 200, 48)
-    (scored,) = reward_model.load_pairs(str(path), HUB, columns, tokenizer, 200, 400)
+    layout = dataclasses.replace(PAIRS, prompt_column=prompt_column)
+    tokenizer = chat_tokenizer()
+    (pair,) = dpo.load_pairs(str(path), layout, tokenizer, 200, 48)
+    (scored,) = reward_model.load_pairs(str(path), layout, tokenizer, 200, 400)
     prompts = [pair.prompt, scored.prompt]
     return [(prompt.text, prompt.ids, prompt.messages) for prompt in prompts] + [pair.ids, scored.ids, pair.responses]
 
@@ -345,8 +339,8 @@ def test_a_file_of_several_forms_says_how_many_there_are_of_each(tmp_path, capsy
     rows = [FORMS[name].row for name in ("texts", "messages", "texts")]
     rows += [dict(prompt="It", chosen="It is", rejected="No")]
     path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
-    dpo.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), chat_tokenizer(), [0], 200, 48)
-    said = "prompts: 4 (3 texts; 1 conversations; 1 answers begin like their prompt, read as they are)"
+    dpo.load_pairs(path, PAIRS, chat_tokenizer(), 200, 48)
+    said = "prompts: 4 (3 texts; 1 conversations; 1 answers repeat their prompt, which is then read twice)"
     assert said in capsys.readouterr().out
 
 
@@ -354,11 +348,13 @@ WRONG_ROWS = {  # what is said: the row
     "'chosen' ends with a message of the user": dict(prompt=[ASK], chosen=[ASK, GOOD, user("Bye")], rejected="No."),
     "the messages of 'rejected' before its answer are not": dict(prompt=[ASK], chosen=[GOOD], rejected=[SYSTEM, BAD]),
     "the messages of 'chosen' before its answer are not": dict(prompt=TALK, chosen=[ASK, GOOD], rejected=[BAD]),
-    "'chosen' is a conversation in which 'prompt' is no": dict(prompt="Hi", chosen=[ASK, GOOD], rejected=[ASK, BAD]),
+    "'prompt' is no message of the user in the conversations of chosen": dict(
+        prompt="Hi", chosen=[ASK, GOOD], rejected=[ASK, BAD]
+    ),
     "the messages of 'rejected' before": dict(chosen=[*TALK, GOOD], rejected=[ASK, BAD]),
     "'rejected' ends with a message of the user": dict(chosen=[ASK, GOOD], rejected=[ASK, user("No.")]),
-    "are not both texts or both conversations": dict(chosen="Yes.", rejected=[BAD]),
-    "no column 'prompt', and 'chosen' and 'rejected' have no common": dict(q="x", chosen=" Yes.", rejected=" No."),
+    "chosen and rejected share no": dict(chosen="Yes.", rejected=[BAD]),
+    "no column 'prompt', and chosen and rejected share no beginning": dict(q="x", chosen=" Yes.", rejected=" No."),
     "no column 'rejected'; there are: prompt, chosen": dict(prompt="x", chosen="y"),
     "'rejected' is None": dict(prompt="x", chosen="y", rejected=None),
     "'prompt' has the role 'model'": dict(prompt=[ASK, dict(role="model", content="Yes.")], chosen="y", rejected="z"),
@@ -374,7 +370,7 @@ def test_rows_that_are_no_form_are_refused_by_file_and_line(tmp_path, capsys, me
         rows[0]["prompt"] = [ASK]
     path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
     with pytest.raises(SystemExit) as error:
-        reward_model.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), chat_tokenizer(), 200, 400)
+        reward_model.load_pairs(path, PAIRS, chat_tokenizer(), 200, 400)
     err = capsys.readouterr().err
     assert error.value.code == 2 and f"{path}:2: " in err and message in err
 
@@ -382,7 +378,7 @@ def test_rows_that_are_no_form_are_refused_by_file_and_line(tmp_path, capsys, me
 def test_a_prompt_column_that_the_user_names_must_be_there(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", json.dumps(FORMS["HH"].row))
     with pytest.raises(SystemExit):
-        dpo.load_pairs(path, HUB, ("question", "chosen", "rejected"), chat_tokenizer(), [0], 200, 48)
+        dpo.load_pairs(path, dataclasses.replace(PAIRS, prompt_column="question"), chat_tokenizer(), 200, 48)
     assert "p.jsonl:1: no column 'question'; there are: chosen, rejected" in capsys.readouterr().err
 
 
@@ -406,8 +402,9 @@ def test_messages_of_a_csv_are_messages(tmp_path):
 def demonstrations(path, *rows, column="completion", prompt_column="prompt", tokenizer=None) -> list[common.Prompt]:
     write(path, *map(json.dumps, rows))
     tokenizer = tokenizer or chat_tokenizer()
-    prompts = common.load_prompts(str(path), HUB, prompt_column, tokenizer, 200, [column], may_lack_answers=True)
-    return spr.read_demonstrations(str(path), prompts, column, tokenizer, [0], 48)
+    layout = common.Layout(prompt_column=prompt_column, answer_columns=[column])
+    prompts = common.load_prompts(str(path), layout, tokenizer, 200)
+    return spr.with_demonstrations(str(path), prompts, column, tokenizer, 48)
 
 
 def test_demonstrations_are_looked_for_in_every_row(tmp_path, capsys, tokenizer):
@@ -416,7 +413,7 @@ def test_demonstrations_are_looked_for_in_every_row(tmp_path, capsys, tokenizer)
     found = demonstrations(tmp_path / "p.jsonl", *rows)
     assert [prompt.text for prompt in found] == ["The cast", "C"]
     assert found[0].demonstration == tokenizer(" was good.")["input_ids"] + [0]
-    said = "demonstrations: 2 (2 of the prompts have none, dropped; 1 empty, dropped)"
+    said = "prompts: 2 (5 texts; 3 without an answer, dropped)"
     assert said in capsys.readouterr().out
 
 
@@ -430,7 +427,9 @@ def test_a_completion_column_that_no_row_has_is_refused_if_the_user_names_it(tmp
 def test_the_last_answer_of_messages_is_a_demonstration(tmp_path, capsys):
     rows = [dict(messages=[*TALK, GOOD]), dict(messages=TALK), dict(messages=[ASK, BAD])]
     found = demonstrations(tmp_path / "p.jsonl", *rows, column="messages", prompt_column="messages")
-    assert "(conversations; their last messages are the answers)" in capsys.readouterr().out
+    assert (
+        "2 conversations; their last messages are the answers; 1 without an answer, dropped)" in capsys.readouterr().out
+    )
     plain = [dict(prompt=TALK, completion="Yes."), dict(prompt=[ASK], completion="No.")]
     expected = demonstrations(tmp_path / "plain.jsonl", *plain)
     assert [(p.text, p.ids, p.demonstration) for p in found] == [(p.text, p.ids, p.demonstration) for p in expected]
@@ -475,11 +474,12 @@ def test_a_turn_ends_as_the_template_ends_it(tmp_path, capsys, name, answer):
     ending = ENDINGS[name]
     tokenizer = chat_tokenizer(ending.template, "<|im_sep|>")
     eos_ids = tokenizer.convert_tokens_to_ids(ending.eos)
+    tokenizer.eos_ids = eos_ids
     row = dict(prompt=[user("Hi")], completion=answer, chosen=answer, rejected=[bot("No.")])
     path = write(tmp_path / "p.jsonl", json.dumps(row))
-    prompts = common.load_prompts(path, HUB, "prompt", tokenizer, 200, ["completion"], may_lack_answers=True)
-    (prompt,) = spr.read_demonstrations(path, prompts, "completion", tokenizer, eos_ids, 48)
-    (pair,) = dpo.load_pairs(path, HUB, ("prompt", "chosen", "rejected"), tokenizer, eos_ids, 200, 48)
+    prompts = common.load_prompts(path, DEMONSTRATIONS, tokenizer, 200)
+    (prompt,) = spr.with_demonstrations(path, prompts, "completion", tokenizer, 48)
+    (pair,) = dpo.load_pairs(path, PAIRS, tokenizer, 200, 48)
     assert pair.ids[0] == prompt.demonstration and "since the chat template" not in capsys.readouterr().out
 
     ids = tokenizer.apply_chat_template([user("Hi"), bot(answer)], return_dict=False)
@@ -520,11 +520,11 @@ def test_the_ids_that_end_a_response_are_the_policy_s(tmp_path):
         model.generation_config.eos_token_id = ids
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        policy = common.load_policy(str(tmp_path), tokenizer, common.Sampling(8, 8, 1.0, 8), start_backend())
-        assert common.load_eos_ids(str(tmp_path), tokenizer) == policy.eos_ids
+        loaded = common.load_tokenizer(str(tmp_path))
+        policy = common.load_policy(str(tmp_path), loaded, common.Sampling(8, 8, 1.0, 8), start_backend())
+        assert policy.eos_ids == ([0] if ids is None else sorted([0, *(ids if isinstance(ids, list) else [ids])]))
     (tmp_path / "generation_config.json").unlink()  # then the model's config is asked
-    policy = common.load_policy(str(tmp_path), tokenizer, common.Sampling(8, 8, 1.0, 8), start_backend())
-    assert common.load_eos_ids(str(tmp_path), tokenizer) == policy.eos_ids == [0]
+    assert common.load_tokenizer(str(tmp_path)).eos_ids == [0]
 
 
 # ---------------------------------------------------------------- Special tokens
@@ -556,6 +556,7 @@ def test_decoding_leaves_the_spaces_before_signs():
         clean_up_tokenization_spaces=True,
     )
     tokenizer.num_embeddings = len(words)
+    tokenizer.eos_ids = [0]
     assert common.decode(tokenizer, [[3, 4, 5, 6, 7, 0]], [0]) == [" was great ? I 'm"]
     assert common.encode_response(tokenizer, " was great ? I 'm") == [3, 4, 5, 6, 7, 0]
 
@@ -574,18 +575,20 @@ def rows_with(digests: str) -> list[Row]:
 
 
 def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
-    a, b, one = rows_with("9371fc"), rows_with("052"), rows_with("3")
-    files = dict(a=a, b=b, one=one, same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
+    a, b = rows_with("9371fc"), rows_with("052")
+    files = dict(a=a, b=b, one=rows_with("3"), same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
     assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
     assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
+    assert common.train_and_held_out(files.get, "a", None, 64) == ([a[0], a[4], a[5]], [a[3], a[1], a[2]])
+    assert common.train_and_held_out(files.get, "low", None, 2) == (
+        [files["low"][1]],
+        [files["low"][2], files["low"][0]],
+    )
     assert common.train_and_held_out(files.get, "a", "b", 0) == (a, [])
-    for name in ("high", "low"):  # one row on each side is always left
-        train, held_out = common.train_and_held_out(files.get, name, None, 64)
-        assert train and held_out and len(train + held_out) == len(files[name])
-    for name in ("one", "same"):
+    for name in ("one", "same", "high", "low"):  # one side would be empty
         with pytest.raises(SystemExit) as error:
             common.train_and_held_out(files.get, name, None, 3)
-        assert error.value.code == 2 and "its one row" in capsys.readouterr().err
+        assert error.value.code == 2 and f"{name}: too few rows to hold some out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [3, 30])

@@ -323,7 +323,15 @@ def test_two_ranks_equal_one(tmp_path, offload):
         assert_same_training(found, on_one_rank(script))
 
 
-def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path):
+def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path, monkeypatch):
+    batches = []
+    shuffled_batch = common.shuffled_batch
+
+    def recorded(*args):
+        batches.append(shuffled_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(common, "shuffled_batch", recorded)
     path = EXAMPLE / "demonstrations.jsonl"
     more = f"--weighting uniform --num-samples 0 --dataset {path} --reward-model nowhere"  # which is never loaded
     more += " --response-length 48 --num-epochs 1 --total-episodes 40"
@@ -336,10 +344,10 @@ def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformer
     policy = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLE / "policy")
     known = {(row["prompt"], row["completion"]) for row in map(json.loads, path.read_text().splitlines())}
-    rows = [json.loads(line) for line in (tmp_path / "one" / "iteration-1.jsonl").read_text().splitlines()]
+    rows = [dict(prompt=prompt.text, response=prompt.answers["completion"]) for prompt in batches[0]]
     total = 0.0
     for row in rows:
-        assert (row["prompt"], row["response"]) in known and row["weight"] == 1
+        assert (row["prompt"], row["response"]) in known
         prompt, response = (tokenizer(row[name])["input_ids"] for name in ("prompt", "response"))
         labels = torch.tensor([len(prompt) * [-100] + response + [tokenizer.eos_token_id]])
         ids = torch.tensor([prompt + response + [tokenizer.eos_token_id]])

@@ -198,8 +198,8 @@ def test_flags_of_compare_go_before_those_of_a_run(own, monkeypatch, capsys):
 
     seen = {}
 
-    def load_prompts(path, hub, column, tokenizer, max_length):
-        seen.update(path=path, column=column, max_length=max_length)
+    def load_prompts(path, layout, tokenizer, max_length):
+        seen.update(path=path, column=layout.prompt_column, max_length=max_length)
         common.fail("seen")
 
     monkeypatch.setattr(common, "load_prompts", load_prompts)

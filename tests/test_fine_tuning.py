@@ -49,8 +49,16 @@ def rate_of(step) -> float:
     return RATE * (0.5 + 0.5 * angle.cos().item())
 
 
-def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data):
+def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data, monkeypatch):
     """The same rows in the same order, one AdamW and one schedule from the first step to the last."""
+    batches = []
+    shuffled_batch = common.shuffled_batch
+
+    def recorded(*args):
+        batches.append(shuffled_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(common, "shuffled_batch", recorded)
     assert run_here("spr", *FLAGS, *data, "--output-dir", tmp_path / "r") == 0
     metrics = read_metrics(tmp_path / "r")
     assert [row["update"] for row in metrics] == [0, 1, 2, 3, 4, 5]
@@ -62,8 +70,7 @@ def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data):
     known = {(row["prompt"], row["completion"]): row for row in rows_of(tmp_path / "train.jsonl")}
     seen = []
     for update in range(1, 6):
-        written = rows_of(tmp_path / "r" / f"iteration-{update}.jsonl")
-        batch = [known[row["prompt"], row["response"]] for row in written]
+        batch = [known[prompt.text, prompt.answers["completion"]] for prompt in batches[update - 1]]
         seen += batch
         common.set_seed(SEED, update, 0)
         order = torch.randperm(BATCH).tolist()
@@ -81,6 +88,7 @@ def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data):
         assert metrics[update]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
         assert metrics[update]["learning_rate"] == pytest.approx(rate_of(step))
     assert step == STEPS
+    assert not list((tmp_path / "r").glob("iteration-*"))  # nothing was sampled
     texts = [row["completion"] for row in seen]
     assert len(set(texts[:ROWS])) == ROWS  # a pass takes each row once
     weights = load_file(tmp_path / "r" / "policy" / "model.safetensors")

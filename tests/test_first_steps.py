@@ -154,14 +154,14 @@ def chat_tokenizer():
 def test_a_conversation_loses_the_answer_at_its_end(tmp_path, capsys, chat_tokenizer):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(dict(messages=m)) + "\n" for m in ([HI], [HI, HELLO], [HI, HELLO, HI])))
-    prompts = common.load_prompts(str(path), (None, "train"), "messages", chat_tokenizer, 64)
+    prompts = common.load_prompts(str(path), common.Layout(prompt_column="messages"), chat_tokenizer, 64)
     first = "<user>The plot<assistant>"
     assert [prompt.text for prompt in prompts] == [first, first, f"{first} was good.{first}"]
     assert [prompt.messages for prompt in prompts] == [[HI], [HI], [HI, HELLO, HI]]
-    assert "prompts: 3 (conversations; 1 lost the answer at their end)" in capsys.readouterr().out
+    assert "prompts: 3 (2 conversations; 1 conversations without their last answers)" in capsys.readouterr().out
     path.write_text(json.dumps(dict(messages=[HELLO])))
     with pytest.raises(SystemExit):
-        common.load_prompts(str(path), (None, "train"), "messages", chat_tokenizer, 64)
+        common.load_prompts(str(path), common.Layout(prompt_column="messages"), chat_tokenizer, 64)
     assert f"{path}:1: 'messages' holds an answer alone" in capsys.readouterr().err
 
 
@@ -189,15 +189,15 @@ def test_a_reward_model_of_chats_is_trained_as_it_scores(tmp_path, chat_tokenize
 
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(dict(prompt=[HI], chosen=[HI, HELLO], rejected=" was bad.")) + "\n")
-    columns = ("prompt", "chosen", "rejected")
-    (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
+    layout = common.Layout(answer_columns=["chosen", "rejected"])
+    (pair,) = reward_model.load_pairs(str(path), layout, chat_tokenizer, 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in pair.ids]
     assert texts == ["<user>The plot<assistant> was good.", "<user>The plot<assistant> was bad."]
-    (pair,) = dpo.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, [0], 64, 128)
+    (pair,) = dpo.load_pairs(str(path), layout, chat_tokenizer, 64, 128)
     texts = [chat_tokenizer.decode(ids) for ids in (pair.prompt.ids, *pair.ids)]
     assert texts == ["<user>The plot<assistant>", " was good.<|endoftext|>", " was bad.<|endoftext|>"]
     path.write_text(json.dumps(dict(prompt="The plot", messages=[HI, HELLO], chosen=[HELLO], rejected=" was bad.")))
-    (pair,) = reward_model.load_pairs(str(path), (None, "train"), columns, chat_tokenizer, 64, 128)
+    (pair,) = reward_model.load_pairs(str(path), layout, chat_tokenizer, 64, 128)
     assert chat_tokenizer.decode(pair.ids[0]) == "The plot was good.<|endoftext|>"  # that column is not the prompt
 
 
@@ -251,14 +251,6 @@ def test_a_folder_without_a_finished_update_is_used_again(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- Data
-
-
-@pytest.mark.parametrize("count, warning", [(0, None), (1, ""), (3, "warning: ")])
-def test_rows_that_are_too_long_are_told_with_the_flag(capsys, count, warning):
-    common.report_lengths([5] * (20 - count) + [90] * count, 8, "--flag", "rows", "are dropped")
-    most = 90 if count == 3 else 5
-    line = f"{warning}{count} of 20 rows are longer than --flag 8 and are dropped; 95 % have at most {most} tokens\n"
-    assert capsys.readouterr().out == ("" if warning is None else line)
 
 
 def test_broken_json_has_one_place(tmp_path, capsys):

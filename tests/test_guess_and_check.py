@@ -81,7 +81,7 @@ def test_the_policy_answers_like_the_demonstrations():
     tokenizer = common.load_tokenizer(path)
     policy = common.load_policy(path, tokenizer, common.Sampling(64, 60, 1.0, 900), backend)
     data = str(EXAMPLE / "prompts_test.jsonl")
-    prompts = common.load_prompts(data, (None, "train"), "prompt", tokenizer, 64)
+    prompts = common.load_prompts(data, common.Layout(), tokenizer, 64)
     common.set_seed(0)
     responses = common.rollout(policy, prompts, num_samples=8, greedy=False)
     success = common.Reward(None, f"{EXAMPLE / 'rule.py'}:reward", 0.0, backend)(responses).mean().item()

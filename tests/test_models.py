@@ -272,18 +272,29 @@ def reward(prompts, responses, **columns):
 
 
 @pytest.mark.parametrize("text", [" was great", "great", " a ", "\nwas"])
-def test_demonstrations_decode_to_themselves_after_a_prompt(text, llama_tokenizer, llama_folders, tmp_path, tokenizer):
+def test_demonstrations_decode_to_themselves_after_a_prompt(
+    text, llama_tokenizer, llama_folders, tmp_path, tokenizer, monkeypatch
+):
     """M1"""
+    rollout = common.rollout
+    found = []
+
+    def recorded(*args, **kwargs):
+        responses = rollout(*args, **kwargs)
+        found.extend(responses.texts)
+        return responses
+
+    monkeypatch.setattr(common, "rollout", recorded)
     for each in (llama_tokenizer, tokenizer):
         each.num_embeddings = len(each)
+        each.eos_ids = [each.eos_token_id]
         ids = common.encode_response(each, text)
         assert each.decode(each("The movie")["input_ids"] + ids, skip_special_tokens=True) == "The movie" + text
     data = write_lines(tmp_path / "data.jsonl", *[dict(prompt="The movie", completion=text)] * 8)
     flags = ["--model", llama_folders[0], "--dataset", data, "--output-dir", tmp_path / "r", "--eval-every", 0]
     flags += "--weighting uniform --num-samples 0 --total-episodes 8 --batch-size 8".split()
     assert run_here("spr", *flags) == 0
-    rows = [json.loads(line) for line in (tmp_path / "r" / "iteration-1.jsonl").read_text().splitlines()]
-    assert {row["response"] for row in rows} == {text}
+    assert found == [text] * 8
 
 
 # ---------------------------------------------------------------- M4: nodes

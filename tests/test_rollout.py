@@ -224,6 +224,7 @@ def words_tokenizer():
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
     tokenizer.num_embeddings = len(words)
+    tokenizer.eos_ids = [tokenizer.eos_token_id]
     return tokenizer
 
 

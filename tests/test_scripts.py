@@ -385,8 +385,8 @@ def test_a_reward_model_is_trained_and_remax_uses_it(tmp_path):
 
 
 def load(path, tokenizer, max_prompt_length=64, max_length=128):
-    columns = ("prompt", "chosen", "rejected")
-    return reward_model.load_pairs(str(path), (None, "train"), columns, tokenizer, max_prompt_length, max_length)
+    layout = common.Layout(answer_columns=["chosen", "rejected"])
+    return reward_model.load_pairs(str(path), layout, tokenizer, max_prompt_length, max_length)
 
 
 def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tokenizer, capsys):
@@ -401,27 +401,26 @@ def test_pairs_are_cut_in_the_prompt_only_and_dropped_with_a_count(tmp_path, tok
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = load(tmp_path / "p.jsonl", tokenizer, max_prompt_length=4, max_length=40)
     out = capsys.readouterr().out
-    assert "pairs: 2 (" in out and "1 with an empty response, dropped" in out
-    assert "1 of equal responses, dropped" in out and "1 of more than the model's 40 positions, dropped" in out
+    assert "pairs: 2 (" in out and "1 without an answer, dropped" in out
+    assert "1 of equal responses, dropped" in out and "1 of more than 40 tokens, dropped" in out
     whole = [tokenizer(long + end)["input_ids"] + [tokenizer.eos_token_id] for end in (" was good.", " was bad.")]
     prompt = len(tokenizer(long)["input_ids"])
     assert list(pairs[0].ids) == [ids[prompt - 4 :] for ids in whole]
     assert pairs[0].prompt.text == long and pairs[1].responses == (" good", " bad")
 
-    found = dpo.load_pairs(
-        str(tmp_path / "p.jsonl"), (None, "train"), ("prompt", "chosen", "rejected"), tokenizer, [0], 4, 40
-    )
+    layout = common.Layout(answer_columns=["chosen", "rejected"])
+    found = dpo.load_pairs(str(tmp_path / "p.jsonl"), layout, tokenizer, 4, 40)
     assert [(pair.prompt.text, pair.responses) for pair in found] == [(p.prompt.text, p.responses) for p in pairs]
     assert found[0].prompt.ids == tokenizer(long)["input_ids"][-4:]
     assert list(found[0].ids) == [tokenizer(end)["input_ids"] + [0] for end in (" was good.", " was bad.")]
-    assert capsys.readouterr().out == out.replace("the model's 40 positions", "--response-length 40 tokens")
+    assert capsys.readouterr().out == out
 
 
 BAD = {
     "missing_rejected_one_row.jsonl": ":4: no column 'rejected'",
     "null_values.jsonl": ":3: 'chosen' is None",
     "wrong_types.jsonl": ":2: 'chosen' is ['a', 'list']",
-    "chosen_equals_rejected_all.jsonl": "no pair is left",
+    "chosen_equals_rejected_all.jsonl": "no pairs are left",
     "missing_prompt_column.jsonl": ":1: no column 'prompt'",
 }
 

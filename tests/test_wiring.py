@@ -532,6 +532,8 @@ def test_spr(tmp_path, data, weighting, num_samples, demonstrations):
             pairs = [zip(group, each) for group, each in zip(groups, weights)]
             found["weighted_reward"] = mean(sum(row.reward * weight for row, weight in pair) for pair in pairs)
         metrics.append(second.evaluated(found, update, updates))
+        if not num_samples:
+            continue
         written = rows_of(recorded.folder / f"iteration-{update}.jsonl")
         for line, row, weight in zip(written, everything, sum(weights, []), strict=True):
             expected = dict(prompt=second.texts[tuple(row.prompt)], response=second.text(row.response))
