@@ -221,8 +221,8 @@ def weighted_nll(logprobs_BT, weights, mask_BT, denominator):
 
 def explained_shares(values_BT, rewards_B, mask_BT):
     """1 − (r − Q)² / Var(r) after ¼, ½, ¾ and all of the tokens -> {name: shares_B}; Var(r) is over all ranks."""
-    rewards = common.gather_rows(rewards_B.tolist())
-    variance = torch.tensor(rewards).var(correction=0).item()
+    mean = common.global_means(mean=rewards_B)["mean"]
+    variance = common.global_means(variance=(rewards_B - mean) ** 2)["variance"]
     shares = {}
     for percent in (25, 50, 75, 100):
         last_B1 = mask_BT.sum(1, keepdim=True) * percent // 100 - 1
@@ -348,9 +348,12 @@ def main() -> None:
         held_out = {}
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
+            new_rewards_B = rewards["reward"](new)
             values_B2T = common.all_values(value, new, args.micro_batch_size)
-            held_out = explained_shares(values_B2T[:, 0], reward(new), new.mask_BT)
-            held_out["held_out_weight"] = token_weights(values_B2T, new.mask_BT, args.beta)[new.mask_BT == 1]
+            once = len(eval_prompts[backend.rank :: backend.world_size])  # prompts that were dealt twice come last
+            new_mask_BT = new.mask_BT[:once]
+            held_out = explained_shares(values_B2T[:once, 0], new_rewards_B[:once], new_mask_BT)
+            held_out["held_out_weight"] = token_weights(values_B2T[:once], new_mask_BT, args.beta)[new_mask_BT == 1]
 
         common.reset_optimizer(policy.engine)
         losses = []
