@@ -348,7 +348,7 @@ def main() -> None:
         held_out = {}
         if eval_prompts:  # with the policy that Q and W belong to
             new = common.rollout(policy, common.deal_out(eval_prompts), num_samples=1, greedy=False)
-            new_rewards_B = rewards["reward"](new)
+            new_rewards_B = reward(new)
             values_B2T = common.all_values(value, new, args.micro_batch_size)
             once = len(eval_prompts[backend.rank :: backend.world_size])  # prompts that were dealt twice come last
             new_mask_BT = new.mask_BT[:once]

@@ -96,7 +96,7 @@ def test_expected_gradient_is_that_of_the_kl_regularised_objective_for_any_basel
 def step_4(script, **names) -> dict:
     """Runs the lines of step 4 of the script's main(), as they stand there -> its variables."""
     source = inspect.getsource(script.main)
-    lines = source[source.index("        # 4. Score\n") : source.index("        score_time = ")]
+    lines = source[source.index("        # 4. Score\n") : source.index('        clock.lap("score")')]
     variables = vars(script) | names
     exec(textwrap.dedent(lines), variables)
     return variables
@@ -135,7 +135,7 @@ def test_samples_that_share_their_prompt_s_greedy_baseline_are_unbiased(num_samp
     policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, greedy_P, weights_B, value = rollouts(num_samples)
     names = dict(B=len(rewards_B), args=types.SimpleNamespace(num_samples=num_samples))
     rewards_R = torch.cat([rewards_B, greedy_P])  # a rollout's order
-    scored = step_4(remax, responses=rewards_R, rewards=dict(reward=lambda responses: responses), **names)
+    scored = step_4(remax, responses=rewards_R, reward=lambda responses: responses, **names)
     assert torch.equal(scored["rewards_B"], rewards_B)
     half = len(rewards_B) // 2  # the rows of the first policy
     assert greedy_P[0] != greedy_P[-1]
@@ -150,7 +150,7 @@ def test_samples_that_share_their_prompt_s_greedy_baseline_are_unbiased(num_samp
 def test_samples_whose_baseline_is_the_mean_of_the_others_are_unbiased(num_samples):
     policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, value = rollouts(num_samples)
     args = types.SimpleNamespace(num_samples=num_samples, baseline="leave-one-out")
-    scored = step_4(reinforce, sampled=rewards_B, rewards=dict(reward=lambda responses: responses), args=args)
+    scored = step_4(reinforce, sampled=rewards_B, reward=lambda responses: responses, args=args)
     inputs = (scored["rewards_B"] - scored["baselines_B"], logprobs_BT, ref_logprobs_BT, mask_BT)
     advantages_BT = weights_B[:, None] * reinforce.advantages(*inputs, 0.3, 1.0)
     assert_unbiased(policies, reinforce.policy_loss(logprobs_BT, advantages_BT, mask_BT, num_samples), value)

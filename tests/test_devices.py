@@ -145,6 +145,7 @@ def fake_device():
             (common.dist, "all_reduce", checked_all_reduce),
             (common.deepspeed, "initialize", lambda model, optimizer, config: (Engine(model, optimizer),)),
             (common.deepspeed, "DeepSpeedEngine", Engine),
+            (torch.cuda, "mem_get_info", lambda: (2**40, 2**40)),
         ):
             stack.enter_context(patch.object(target, name, new))
         stack.enter_context(FakeDevice())

@@ -197,8 +197,7 @@ def test_rotary_frequencies_stay_float32(zero_stage):
     assert torch.equal(policy.decoder.model.rotary_emb.inv_freq, expected)
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("zero_stage, offload", [(0, False), (1, False), (2, True), (3, False), (3, True)])
 def test_a_frozen_model_computes_the_same_wherever_it_lies(zero_stage, offload):
     prompts, prompt_mask, tokens, *_ = data()
     with torch.no_grad():
@@ -235,8 +234,8 @@ def test_one_saved_weight_that_is_off_by_a_step_is_found(tmp_path, tokenizer, ze
     backend = start_backend(zero_stage=zero_stage, dtype=dtype)
     save_pretrained = transformers.LlamaForCausalLM.save_pretrained
 
-    def save_almost(model, folder):
-        save_pretrained(model, folder)
+    def save_almost(model, folder, **kwargs):
+        save_pretrained(model, folder, **kwargs)
         weights = load_file(folder / "model.safetensors")
         name = "model.layers.1.mlp.down_proj.weight"
         weights[name][0, 0] *= 1 + torch.finfo(weights[name].dtype).eps

@@ -236,7 +236,7 @@ def reward(prompts, responses, messages, label):
 """)
     prompt = common.Prompt("<user>The plot", [], dict(label=3), messages=[HI])
     reward = common.Reward(function=f"{tmp_path}/f.py:reward", prompt=prompt)
-    assert reward.function.file.module.seen == [(["<user>The plot"], [""], [[HI]], [3])]
+    assert sys.modules[reward.function.__module__].seen == [(["<user>The plot"], [""], [[HI]], [3])]
 
 
 def test_a_folder_without_a_finished_update_is_used_again(tmp_path, capsys):
@@ -283,7 +283,7 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
     assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
     assert f"tensorboard --logdir {tmp_path}\n" in capsys.readouterr().out
     card = (tmp_path / "r" / "policy" / "README.md").read_text()
-    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card and card.startswith("---\nlibrary_name")
+    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card and card.startswith("---\nbase_model: ")
     monkeypatch.chdir(tmp_path / "r" / "policy")
     exec(code_of(card), {})
     assert capsys.readouterr().out.startswith("A prompt")

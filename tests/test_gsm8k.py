@@ -12,7 +12,7 @@ DATA = SHARED / "data" / "gsm8k.jsonl"  # 3,000 rows; its answers are numbers, i
 
 @pytest.fixture
 def reward():
-    return common.function_from_file(f"{ROOT / 'examples' / 'gsm8k.py'}:reward")
+    return common.load_function(f"{ROOT / 'examples' / 'gsm8k.py'}:reward")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written_keeps_the_last_one(tm
 
 
 def test_a_disk_that_is_full_while_the_model_is_saved(tmp_path, capsys, monkeypatch):
-    def save_to_a_full_disk(model, folder):
+    def save_to_a_full_disk(model, folder, **kwargs):
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(common.transformers.PreTrainedModel, "save_pretrained", save_to_a_full_disk)

@@ -1,6 +1,7 @@
 """Numerical trouble and odd responses; what is saved is what was trained."""
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, c
 def test_a_model_that_has_diverged_ends_the_run_with_a_line(tmp_path, capsys, script):
     assert run(script, run_flags(script, tmp_path, 4, "--learning-rate", "1e30"))["status"] == 1
     err = capsys.readouterr().err
-    assert ("outputs are not finite" if script == "reward_model" else "logits are not finite") in err
+    assert ("outputs are not finite" if script in PAIRS else "logits are not finite") in err
 
 
 def test_nine_bad_updates_in_a_row_do_not(tmp_path):
@@ -64,8 +65,9 @@ def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_pa
 
 
 def function(folder, code) -> list:
-    (folder / "f.py").write_text(f"def reward(prompts, responses, **columns):\n    return {code}\n")
-    return ["--reward-function", f"{folder}/f.py:reward"]
+    path = folder / f"f{zlib.crc32(code.encode())}.py"  # a process reads a file once
+    path.write_text(f"def reward(prompts, responses, **columns):\n    return {code}\n")
+    return ["--reward-function", f"{path}:reward"]
 
 
 @pytest.mark.parametrize("script", ["remax", "reinforce"])
