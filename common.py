@@ -2317,7 +2317,7 @@ def forget_example(args):
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
     own = [name for name in ("dataset", "reward_model", "reward_function") if name in has_own and values[name]]
     own = [name for name in own if not Path(values[name]).absolute().is_relative_to(HERE / "examples")]
-    if own and "model" not in has_own and args.model.startswith("examples/"):
+    if own and "model" not in has_own and values.get("model", "").startswith("examples/"):
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in own)
         print(f"note: {flags} your own, but the model is the example's, which only knows short film reviews (--model)")
 

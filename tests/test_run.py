@@ -399,6 +399,9 @@ def test_two_ranks_log_what_one_rank_logs(tmp_path):
         folder = tmp_path / "one" / case["script"]
         assert run(case["script"], [*case["flags"][:-1], folder], fixed=True)["status"] == 0
         one, two = numbers(folder), numbers(case["flags"][-1])
+        if case["script"] == "dpo":  # before the first step margins are 0: rounding decides the accuracy
+            one[1].pop("accuracy")
+            two[1].pop("accuracy")
         assert len(one) == len(two) == 3
         for row, other in zip(one, two):
             assert other == pytest.approx(row, rel=1e-3, abs=1e-4), case["script"]
