@@ -1754,13 +1754,14 @@ class Run:
             self.read_checkpoint()
             print(f"Resumed after update {self.last_checkpoint} of {num_updates}")
         model_bytes, self.checkpoint_bytes = saved_sizes(engines)
-        checkpoints = 0
+        num_bytes = model_bytes
         if save_every:
-            checkpoints = 1 if self.last_checkpoint else 2  # the old one goes when the new one is whole
-        check_room(self.folder, model_bytes + checkpoints * self.checkpoint_bytes, status=2)
-        dist.barrier()  # every rank has looked before rank 0 writes
+            num_bytes += self.checkpoint_bytes * (1 if resume else 2)  # the old one goes when the new one is whole
         if self.is_main:
-            with fails_with(f"--output-dir {self.folder}"):
+            self.remove_checkpoints_but(self.last_checkpoint)  # a torn one takes room
+        dist.barrier()  # every rank has read what is there before rank 0 writes
+        with writing(self.folder, num_bytes):
+            if self.is_main:
                 self.write_beginning()
         for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
             if self.flags.get(name):
@@ -1809,33 +1810,28 @@ class Run:
         if self.last_checkpoint == 0:
             for path in self.folder.glob("events.*"):
                 path.unlink()
-        self.remove_checkpoints_but(self.last_checkpoint)  # a torn one takes room
         self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
 
     def read_checkpoint(self):
-        with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
-            self.last_checkpoint = int((self.folder / "checkpoint" / "latest").read_text())
-        folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
-        for i, engine in enumerate(self.engines):
-            with fails_with(f"--resume {self.folder}: {folder} could not be read"):
+        folder = self.folder / "checkpoint"
+        with fails_with(f"--resume {self.folder}: there is no whole checkpoint (a run writes them with --save-every)"):
+            self.last_checkpoint = int((folder / "latest").read_text())
+            target = str(folder / f"update-{self.last_checkpoint}")
+            for i, engine in enumerate(self.engines):
                 # Not strict: under --lora-rank a checkpoint has the trained weights alone.
-                path, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}", load_module_strict=False)
+                path, _ = engine.load_checkpoint(target, tag=f"engine-{i}", load_module_strict=False)
                 if path is None:
-                    raise OSError("it is not there or not whole")
+                    raise FileNotFoundError(target)
         rows = read_rows(self.folder / "metrics.jsonl")
         self.rows = [finite_numbers(row) for row in rows if row["update"] <= self.last_checkpoint]
 
     def save_checkpoint(self, update):
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
         folder = self.folder / "checkpoint"
+        target = str(folder / f"update-{update}")
         with writing(self.folder, self.checkpoint_bytes):
             for i, engine in enumerate(self.engines):
-                engine.save_checkpoint(
-                    str(folder / f"update-{update}"),
-                    tag=f"engine-{i}",
-                    save_latest=False,
-                    exclude_frozen_parameters=True,
-                )
+                engine.save_checkpoint(target, f"engine-{i}", save_latest=False, exclude_frozen_parameters=True)
         dist.barrier()
         if self.is_main:
             write_whole(folder / "latest", str(update))
@@ -1935,8 +1931,10 @@ class Run:
         if not self.is_main:
             return
         write_whole(self.folder / model / "README.md", model_card(self.flags, self.rows[-1], usage))
-        for line in evaluation_lines(self.rows):
-            print(line)
+        for name, value in self.rows[-1].items():
+            if name.startswith("eval_"):  # a curve may rise and fall between first and last
+                values = [row[name] for row in self.rows if name in row]
+                print(f"{name:24} {values[0]:6.2f} → {value:6.2f} (from {min(values):.2f} to {max(values):.2f})")
         for sentence in troubles(self.rows).values():
             print(f"Warning: {sentence}")
         print(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
@@ -1980,34 +1978,13 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     return found
 
 
-def evaluation_lines(rows: list[dict]) -> Iterator[str]:
-    """The first, last and best value of each held-out metric: a curve may rise and fall between the two."""
-    first = rows[0]
-    last = rows[-1]
-    for name in first:
-        if not name.startswith("eval_") or name not in last or name.endswith(("_length", "_interval")):
-            continue
-        line = f"{name:24} {first[name]:6.2f} → {last[name]:6.2f}"
-        if f"{name}_interval" in last:
-            line += f" ± {last[f'{name}_interval']:.2f}"
-        values = {row["update"]: row[name] for row in rows if name in row}
-        best = None
-        if name == "eval_loss":
-            best = min(values, key=values.get)
-        elif name.endswith(("reward", "win_rate", "reference", "accuracy", "margin")):
-            best = max(values, key=values.get)
-        if best is not None:
-            line += f" (best {values[best]:.2f}, update {best})"
-        yield line
-
-
 def model_card(flags: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
     script = Path(sys.argv[0])
     shown = {}
     for name, value in flags.items():
-        is_own_file = isinstance(value, str) and os.path.isabs(value)
-        shown[name] = Path(value).name if is_own_file else value  # this machine's folders are nobody's business
+        is_path = isinstance(value, str) and os.path.isabs(value)
+        shown[name] = Path(value).name if is_path else value  # this machine's folders are nobody's business
     data = huggingface_hub.ModelCardData(
         library_name="transformers",
         base_model=shown["model"],
@@ -2015,9 +1992,9 @@ def model_card(flags: dict, metrics: dict, usage) -> str:
         tags=[script.stem],
     )
     text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script.name}\n"
-    blocks = {"In this folder": usage, "Flags": json.dumps(shown, indent=2), "Metrics": json.dumps(metrics, indent=2)}
-    for name, block in blocks.items():
-        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
+    text += f"\nIn this folder:\n\n```\n{usage.strip()}\n```\n"
+    text += f"\nFlags:\n\n```\n{json.dumps(shown, indent=2)}\n```\n"
+    text += f"\nMetrics:\n\n```\n{json.dumps(metrics, indent=2)}\n```\n"
     return text
 
 
@@ -2054,18 +2031,14 @@ def write_whole(path, text):
 @contextlib.contextmanager
 def writing(folder, num_bytes=0) -> Iterator[None]:
     """Looks for the room first. What cannot be written ends the run with one line that says how much room is left."""
-    check_room(folder, num_bytes, status=1)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        fail(f"{folder}: the disk has {free:,} bytes left; what is to be saved needs {num_bytes:,}", status=1)
     try:
         yield
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         free = shutil.disk_usage(folder).free
         fail(f"{folder}: could not write, the disk has {free:,} bytes left: {first_line(error)}", status=1)
-
-
-def check_room(folder, num_bytes, status):
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        fail(f"{folder}: the disk has {free:,} bytes left; what is to be saved needs {num_bytes:,}", status)
 
 
 def saved_sizes(engines) -> tuple[int, int]:
@@ -2082,33 +2055,16 @@ def saved_sizes(engines) -> tuple[int, int]:
     return model, 16 * trained  # the weight, a float32 copy of it and Adam's two moments
 
 
-def input_digests(flags: dict) -> dict[str, dict[str, str]]:
-    """Of everything that --resume reads again -> {flag: {file inside its folder: hash}}; a hub name has none."""
-    found = {}
-    for flag in INPUTS:
-        if not flags.get(flag):
-            continue
-        path = file_of(flags[flag])
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        for file in files:
-            name = file.relative_to(path)  # of a file of the flag's own it is "."
-            if file.is_file() and file.suffix != ".md" and not str(name).startswith(".git"):
+def input_digests(flags: dict) -> dict[str, str]:
+    """-> {file: hash of its content} for the files that --resume reads again; what is on a hub has none."""
+    digests = {}
+    paths = [file_of(flags[name]) for name in INPUTS if flags.get(name)]
+    for path in paths:
+        for file in [path, *sorted(path.rglob("*"))]:
+            if file.is_file() and file.suffix != ".md" and ".git" not in file.parts:
                 with open(file, "rb") as content:
-                    digest = hashlib.file_digest(content, "sha256").hexdigest()
-                found.setdefault(flag, {})[str(name)] = digest
-    return found
-
-
-def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
-    """Refuses to resume with other content than the run began with; where it lies does not matter."""
-    now = input_digests(flags)
-    for flag in INPUTS:
-        old = before.get(flag, {})
-        new = now.get(flag, {})
-        for name in sorted(old | new):
-            if old.get(name) != new.get(name):
-                file = file_of(flags[flag]) / name
-                fail(f"--resume {folder}: {file} has changed since the run began (--{flag.replace('_', '-')})")
+                    digests[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
 
 
 def pair_metrics(rows: list[dict]) -> dict[str, float]:
@@ -2162,21 +2118,15 @@ def fail(message, status=2) -> typing.NoReturn:
     """Ends with one line on standard error. Status 2 is bad input, which all ranks of a node see; one prints it."""
     if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
-    raise Failure(status)
-
-
-class Failure(SystemExit):
-    """Raised by `fail` after it has printed its message."""
+    raise SystemExit(status)
 
 
 @contextlib.contextmanager
 def fails_with(message, status=2) -> Iterator[None]:
-    """An error inside, or an exit, ends the run with one line: the message, then the error's first line."""
+    """An error inside ends the run with one line: the message, then the error's first line."""
     try:
         yield
-    except Failure:
-        raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         file = str(getattr(error, "filename", None) or "")
         if isinstance(error, OSError) and file.startswith(os.path.expanduser(huggingface_hub.constants.HF_HOME)):
             fail(f"{file}: {error.strerror}: the libraries' cache; set HF_HOME to a folder that you can write to")
@@ -2274,12 +2224,13 @@ def parse_args(Args):
     make_paths_absolute(args)
     for name, old in vars(begun).items():
         new = getattr(args, name)
-        # Files may have moved: their content decides, and which of its functions is meant.
-        may_differ = name in inputs and str(new).partition(".py:")[2] == str(old).partition(".py:")[2]
-        if new != old and not may_differ:
+        if new != old:
             longer = "; to train longer, start a run from its policy" if name == "total_episodes" else ""
             fail(f"--{name.replace('_', '-')} {new} differs from the run in {folder}, which had {old}{longer}")
-    check_inputs(folder, vars(args), inputs)
+    digests = input_digests(vars(args))
+    for file in sorted(inputs | digests):
+        if inputs.get(file) != digests.get(file):
+            fail(f"--resume {folder}: {file} has changed since the run began")
     return args
 
 
@@ -2304,15 +2255,12 @@ def parse_flags(Args, **kwargs):
 
 def refuse_tasks_without_ranks():
     """Several tasks of a scheduler that nobody has given ranks would each do the whole run, as if they were alone."""
-    if "RANK" in os.environ:  # by torchrun or deepspeed, also where srun has started these
-        return
+    has_rank = "RANK" in os.environ  # by torchrun or deepspeed, also where srun has started these
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(name) or 1) > 1:
-            program = Path(sys.argv[0]).name
-            fail(
-                f"{name}={os.environ[name]}, but no launcher has given ranks: start one task a node, and in it "
-                f"`torchrun --nproc_per_node GPUS {program} …` (for one process unset {name})"
-            )
+        count = int(os.environ.get(name) or 1)
+        if count > 1 and not has_rank:
+            launcher = f"torchrun --nproc_per_node GPUS {Path(sys.argv[0]).name}"
+            fail(f"{name}={count}, but no launcher: run `{launcher} …` in one task a node, or unset {name}")
 
 
 def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpointing, lora_rank=0) -> Backend:
