@@ -2044,15 +2044,19 @@ def writing(folder, num_bytes=0) -> Iterator[None]:
 def saved_sizes(engines) -> tuple[int, int]:
     """-> (bytes of the first engine's model, at most so many of a checkpoint of all engines), over all ranks."""
     model = 0
-    trained = 0
+    checkpoint = 0
     for engine in engines:
-        for p in engine.module.parameters():
+        seen = set()
+        for _, p in engine.module.named_parameters(remove_duplicate=False):
             numel = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a rank holds a part
-            if engine is engines[0]:
+            if engine is engines[0] and p not in seen:
                 model += numel * p.element_size()
-            if p.requires_grad:
-                trained += numel
-    return model, 16 * trained  # the weight, a float32 copy of it and Adam's two moments
+            if p.requires_grad and p not in seen:
+                checkpoint += numel * 16  # the weight, a float32 copy of it and Adam's two moments
+            elif p in seen:
+                checkpoint += numel * p.element_size()  # DeepSpeed leaves out what is frozen, but not its second name
+            seen.add(p)
+    return model, checkpoint
 
 
 def input_digests(flags: dict) -> dict[str, str]:
