@@ -1795,8 +1795,7 @@ class Run:
         dist.broadcast_object_list(is_taken)
         if is_taken[0]:
             fail(f"{self.folder}: another process is running in this folder: wait for its end, or choose another one")
-        has_learned = any(row["update"] for row in read_rows(self.folder / "metrics.jsonl"))
-        if is_new and has_learned:
+        if is_new and any(row["update"] for row in read_rows(self.folder / "metrics.jsonl")):
             fail(f"--output-dir {self.folder} already holds a run: choose another folder, or --resume it")
 
     def write_beginning(self):
@@ -2183,23 +2182,19 @@ def file_of(value) -> Path:
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
-    own = {}
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name in INPUTS and value not in (None, field.default):
-            own[field.name] = value
-    forgotten = ()
+    own = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) not in (None, field.default)}
+    forgotten = []
     if "model" in own or "dataset" in own:
-        forgotten = ("dataset", "eval_dataset", "reward_model")
+        forgotten = ["dataset", "eval_dataset", "reward_model"]
     elif "reward_function" in own:
-        forgotten = ("reward_model",)
+        forgotten = ["reward_model"]
     for name in forgotten:
         if hasattr(args, name) and f"__{name}" not in given:
             setattr(args, name, None)
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
     for name in ("dataset", "reward_model", "reward_function"):
-        if "model" not in own and "examples/" not in own.get(name, "examples/"):
+        if name in own and "model" not in own and "examples/" not in getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             print(f"note: {flag} is your own, but --model is the example's, which only knows short film reviews")
 
