@@ -1642,13 +1642,6 @@ def shuffled_batch(items, seed, update, batch_size) -> list:
 # A process may die at any moment: files are replaced as a whole, or they grow by lines of which the last may be torn.
 
 
-# The flags whose files --resume reads again, and that a model card shows without their folders.
-INPUTS = ("model", "dataset", "eval_dataset", "reward_model", "reward_function", "gold_reward_function")
-INPUT_KINDS = ".json .jsonl .csv .parquet .arrow .safetensors .jinja .model .txt".split()
-DISK_IS_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter", "inline_container.cc", "iostream error")
-GREATEST_IS_BEST = ("reward", "win_rate", "win_rate_reference", "accuracy", "margin")
-
-
 class Clock:
     """Seconds of the parts of an update, under the names of their metrics."""
 
@@ -1673,114 +1666,95 @@ class Run:
     that is saved at the end.
     """
 
-    def __init__(self, *, script, flags: dict, output_dir, resume, seed, save_every, num_updates, engines: list):
-        self.script = Path(script).name
-        self.flags = flags | dict(resume=None, output_dir=None)
+    def __init__(self, *, output_dir, resume, save_every, flags: dict, num_updates, engines: list):
+        self.flags = flags | dict(output_dir=None, resume=None)  # a run's folder may be moved
         self.engines = engines
         self.is_main = dist.get_rank() == 0
-        self.folder = self.shared_folder(output_dir, seed)
         self.last_checkpoint = 0
-        self.lock = self.take_folder(is_new=not resume)
-        self.model_bytes, self.checkpoint_bytes = saved_sizes(engines)
+        self.rows = []  # of metrics.jsonl, without the values that are not finite
+        self.warned = set()
+        self.take_folder(output_dir, is_new=not resume)
         if resume:
             self.read_checkpoint()
-        self.check_room(save_every)
-        dist.barrier()  # every rank has looked before rank 0 writes
+            print(f"Resumed after update {self.last_checkpoint} of {num_updates}")
+        model_bytes, self.checkpoint_bytes = saved_sizes(engines)
+        num_bytes = model_bytes
+        if save_every:
+            num_bytes += self.checkpoint_bytes * (1 if resume else 2)  # the old one goes when the new one is whole
         if self.is_main:
-            with fails_with(f"--output-dir {self.folder}"):
+            self.remove_checkpoints_but(self.last_checkpoint)  # a torn one takes room
+        dist.barrier()  # every rank has read what is there before rank 0 writes
+        with writing(self.folder, num_bytes):
+            if self.is_main:
                 self.write_beginning()
-        self.open_console(num_updates)
-        self.listen()
+        for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
+            if self.flags.get(name):
+                print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.flags[name])}")
+        self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
 
     # The folder
 
-    def shared_folder(self, output_dir, seed) -> Path:
-        """The run's folder, the same on all ranks; one of its own where the user names none."""
-        name = output_dir or f"runs/{Path(self.script).stem}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        while not output_dir and Path(name).exists():  # another run of this second
-            name += "x"
-        names = [Path(name).absolute()]
-        dist.broadcast_object_list(names)  # the ranks' clocks may differ
-        return names[0]
-
-    def take_folder(self, is_new):
+    def take_folder(self, output_dir, is_new):
         """Refuses a folder that holds something else, and locks it. The kernel frees the lock with the process."""
-        holds = f"--output-dir {self.folder} already holds"
-        with fails_with(f"--output-dir {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)  # by all ranks, so that all fail alike
+        folders = [Path(output_dir).absolute()]
+        dist.broadcast_object_list(folders)  # a default name has the time in it, and the ranks' clocks may differ
+        self.folder = folders[0]
+        with fails_with(f"--output-dir {self.folder}"):  # all ranks try, so that all fail alike
+            self.folder.mkdir(parents=True, exist_ok=True)
             names = {path.name for path in self.folder.iterdir()} - {"lock"}
-        if is_new and names and "args.json" not in names:
-            fail(f"{holds} other files: choose another folder")
-        lock = None
-        taken = [False]
+            if is_new and names and "args.json" not in names:
+                fail(f"--output-dir {self.folder} already holds other files: choose another folder")
+            self.lock = open(self.folder / "lock", "w")
+        is_taken = [False]
         if self.is_main:
-            with fails_with(f"--output-dir {self.folder}"):
-                lock = open(self.folder / "lock", "w")
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    taken = [True]
-                except OSError as error:  # some network file systems have no locks
-                    print(f"warning: {self.folder} cannot be locked ({error.strerror}): start no second run there")
-        dist.broadcast_object_list(taken)
-        if taken[0]:
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                is_taken = [True]
+            except OSError:
+                pass  # some network file systems have no locks
+        dist.broadcast_object_list(is_taken)
+        if is_taken[0]:
             fail(f"{self.folder}: another process is running in this folder: wait for its end, or choose another one")
-        has_learned = any(row["update"] for row in read_rows(self.folder / "metrics.jsonl"))
-        if is_new and has_learned:
-            fail(f"{holds} a run: choose another folder, or --resume it")
-        return lock
-
-    def check_room(self, save_every):
-        """Before anything expensive: the disk has room for the saved model and, with --save-every, two checkpoints."""
-        needed = self.model_bytes
-        if save_every:
-            needed += 2 * self.checkpoint_bytes  # the old one goes when the new one is whole
-        if self.last_checkpoint:
-            needed -= self.checkpoint_bytes  # one is there
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            fail(f"{self.folder}: the disk has {free:,} bytes left; the model and its checkpoints need {needed:,}")
+        if is_new and any(row["update"] for row in read_rows(self.folder / "metrics.jsonl")):
+            fail(f"--output-dir {self.folder} already holds a run: choose another folder, or --resume it")
 
     def write_beginning(self):
         """The files of a run that begins or goes on; what an earlier process wrote after the checkpoint is dropped."""
-        ranks = dist.get_world_size()
-        record = self.flags | dict(ranks=ranks, inputs=input_digests(self.flags))
+        record = self.flags | dict(ranks=dist.get_world_size(), inputs=input_digests(self.flags))
         write_whole(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            kept = [row for row in read_rows(path) if row["update"] <= self.last_checkpoint]
-            write_whole(path, json_lines(kept))
+            rows = read_rows(self.folder / name) if self.last_checkpoint else []
+            kept = [row for row in rows if row["update"] <= self.last_checkpoint]
+            write_whole(self.folder / name, json_lines(kept))
         if self.last_checkpoint == 0:
             for path in self.folder.glob("events.*"):
                 path.unlink()
-        self.remove_checkpoints_but(self.last_checkpoint)  # a torn one takes room
         self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
-        self.writer.add_text("flags", f"```\n{json.dumps(self.flags, indent=2)}\n```")
-
-    # Checkpoints
 
     def read_checkpoint(self):
-        with fails_with(f"--resume {self.folder}: there is no checkpoint (a run writes them with --save-every)"):
-            self.last_checkpoint = int((self.folder / "checkpoint" / "latest").read_text())
-        folder = self.folder / "checkpoint" / f"update-{self.last_checkpoint}"
-        for i, engine in enumerate(self.engines):
-            with fails_with(f"--resume {self.folder}: {folder} could not be read"):
+        folder = self.folder / "checkpoint"
+        with fails_with(f"--resume {self.folder}: there is no whole checkpoint (a run writes them with --save-every)"):
+            self.last_checkpoint = int((folder / "latest").read_text())
+            target = str(folder / f"update-{self.last_checkpoint}")
+            for i, engine in enumerate(self.engines):
                 # Not strict: under --lora-rank a checkpoint has the trained weights alone.
-                path, _ = engine.load_checkpoint(str(folder), tag=f"engine-{i}", load_module_strict=False)
+                path, _ = engine.load_checkpoint(target, tag=f"engine-{i}", load_module_strict=False)
                 if path is None:
-                    raise OSError("it is not there or not whole")
+                    raise FileNotFoundError(target)
+        rows = read_rows(self.folder / "metrics.jsonl")
+        self.rows = [finite_numbers(row) for row in rows if row["update"] <= self.last_checkpoint]
 
     def save_checkpoint(self, update):
         """Written into a folder of the update's own, then named by `latest` in one atomic step: never torn."""
         folder = self.folder / "checkpoint"
+        target = str(folder / f"update-{update}")
         with writing(self.folder, self.checkpoint_bytes):
             for i, engine in enumerate(self.engines):
-                engine.save_checkpoint(
-                    str(folder / f"update-{update}"),
-                    tag=f"engine-{i}",
-                    save_latest=False,
-                    exclude_frozen_parameters=True,
-                )
+                engine.save_checkpoint(target, f"engine-{i}", save_latest=False, exclude_frozen_parameters=True)
         dist.barrier()
         if self.is_main:
             write_whole(folder / "latest", str(update))
@@ -1791,34 +1765,27 @@ class Run:
             if folder.name != f"update-{update}":
                 shutil.rmtree(folder)
 
-    # The console
+    def write_rows(self, name, rows: list[dict], size):
+        """All ranks' rows to a file of their own, in groups of `size` that stay together."""
+        groups = gather_rows([rows[i : i + size] for i in range(0, len(rows), size)])
+        if self.is_main:
+            write_whole(self.folder / name, json_lines([row for group in groups for row in group]))
 
-    def open_console(self, num_updates):
-        if self.last_checkpoint:
-            print(f"Resumed after update {self.last_checkpoint} of {num_updates}")
-        for name in ("model", "reward_model", "reward_function", "gold_reward_function"):
-            if self.flags.get(name):
-                print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.flags[name])}")
-        rows = read_rows(self.folder / "metrics.jsonl")
-        self.rows = [finite_numbers(row) for row in rows]
-        self.warned = set()
-        self.skipped = sum(engine.skipped_steps for engine in self.engines)
-        self.faults = []  # the updates in a row that have skipped a step
-        self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
+    # The console
 
     def log(self, update, metrics: dict[str, float]):
         """A row of metrics.jsonl (null for what is not finite), points of TensorBoard's curves, the progress bar."""
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
         metrics = dict(update=update, peak_memory_bytes=max(gather_rows([peak]))) | metrics
         finite = finite_numbers(metrics)
+        self.rows.append(finite)
         if self.is_main:
-            with writing(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json_lines([dict.fromkeys(metrics) | finite]))
+            append_rows(self.folder / "metrics.jsonl", [dict.fromkeys(metrics) | finite])
             for name, value in metrics.items():
                 group = "eval" if name.startswith("eval_") else "train"
                 self.writer.add_scalar(f"{group}/{name}", value, update)
-            self.rows.append(finite)
             names = ("reward", "gold_reward", "kl", "entropy") if "reward" in metrics else ("accuracy", "loss")
             self.show({name: metrics[name] for name in names if name in metrics})
             self.bar.update(update > 0)
@@ -1826,74 +1793,54 @@ class Run:
                 if name not in self.warned:
                     tqdm.write(f"warning, update {update}: {sentence}")
                     self.warned.add(name)
-        self.count_faults(update, metrics, finite)
-
-    def count_faults(self, update, metrics, finite):
-        """Ten skipped updates in a row end the run: it has diverged, and would go on for hours to no end."""
-        skipped = metrics.get("skipped_updates", 0)
-        if skipped > self.skipped:
-            self.faults.append(update)
-        else:
-            self.faults = []
-        self.skipped = skipped
-        if len(self.faults) == 10:
+        # A run that has diverged would go on for hours to no end.
+        skipped = [0] + [row.get("skipped_updates", 0) for row in self.rows]
+        if len(skipped) > 10 and all(skipped[i] > skipped[i - 1] for i in range(-10, 0)):
             name = next((name for name in metrics if name not in finite), "a gradient")
-            fail(f"ten updates in a row were skipped: {name} is not finite since update {self.faults[0]}", status=1)
+            begin = self.rows[-10]["update"]
+            fail(f"ten updates in a row were skipped: {name} is not finite since update {begin}", status=1)
 
     def show(self, numbers: dict[str, float]):
         """Numbers beside the progress bar."""
         self.bar.set_postfix({name: f"{number:.2f}" for name, number in numbers.items()}, refresh=False)
 
-    def log_samples(self, update, rows: list[dict], title=None):
-        """All rows of an evaluation to samples.jsonl, ten to TensorBoard, three to the console."""
+    def log_samples(self, update, rows: list[dict], title="greedy responses to held-out prompts"):
+        """All rows of an evaluation to samples.jsonl, three of them and the mean rewards to the console."""
         if not self.is_main:
             return
-        with writing(self.folder), open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json_lines([dict(update=update) | row for row in rows]))
-        lines = []
-        for row in rows[:10]:
+        append_rows(self.folder / "samples.jsonl", [dict(update=update) | row for row in rows])
+        for name in ("reward", "gold_reward"):
+            if name in rows[0]:
+                mean = sum(row[name] for row in rows) / len(rows)
+                title += f", mean {name.replace('_', ' ')} {mean:.2f}"
+        tqdm.write(f"\nAfter {update} updates: {title}, such as")
+        for row in rows[:3]:
             reward = f"[{row['reward']:6.2f}] " if "reward" in row else ""
-            prompt = one_screen_line(row["prompt"], 120, end=True)  # a response goes on from the prompt's end
-            lines.append(f"    {reward}{prompt} ▸{one_screen_line(row['response'], 400)}")
-        self.writer.add_text("samples", "\n".join(lines), update)
-        if not title:
-            means = []
-            for name in ("reward", "gold_reward"):
-                values = [row[name] for row in rows if name in row]
-                if values:
-                    means.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.2f}")
-            title = "greedy responses to held-out prompts"
-            if means:
-                title = f"{', '.join(means)} of {title}"
-        tqdm.write("\n".join([f"\nAfter {update} updates: {title}, such as", *lines[:3]]))
-
-    def write_rows(self, name, rows: list[dict], size):
-        """All ranks' rows to a file of their own, in groups of `size` that stay together."""
-        groups = gather_rows([rows[i : i + size] for i in range(0, len(rows), size)])
-        if self.is_main:
-            write_whole(self.folder / name, json_lines([row for group in groups for row in group]))
+            prompt = row["prompt"].replace("\r", "").replace("\n", "⏎")
+            response = row["response"].replace("\r", "").replace("\n", "⏎")
+            if len(prompt) > 120:
+                prompt = f"…{prompt[-120:]}"  # a response goes on from the prompt's end
+            if len(response) > 400:
+                response = f"{response[:400]}…"
+            tqdm.write(f"    {reward}{prompt} ▸{response}")
 
     # The end
 
-    def listen(self):
-        self.signals = []  # (number, time)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.hear)
-
     def hear(self, number, frame):
-        """The first signal ends the run after its update. A second one ends it at once."""
+        """The first ctrl-C or SIGTERM ends the run after its update. A second one ends it at once."""
         now = time.monotonic()
-        if self.signals and now > self.signals[0][1] + 1:  # within a second it is the launcher's copy of the first
+        if not self.signal:
+            self.signal = number
+            self.heard = now
+            if self.is_main:
+                print("\nStopping after this update … (a second ctrl-C stops at once)", file=sys.stderr)
+        elif now > self.heard + 1:  # within a second it is the launcher's copy of the first
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if self.is_main and not self.signals:
-            print("\nStopping after this update … (a second ctrl-C stops at once)", file=sys.stderr)
-        self.signals.append((number, now))
 
     def stop_if_asked(self, update):
-        """After ctrl-C or SIGTERM at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
-        heard = [number for number, _ in self.signals]
-        number = max(gather_rows([max(heard, default=0)]))
+        """After a signal at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
+        number = max(gather_rows([self.signal]))
         if number and update < self.bar.total:  # the last one is followed by the end
             self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
@@ -1906,34 +1853,16 @@ class Run:
         self.close()
         if not self.is_main:
             return
-        write_whole(self.folder / model / "README.md", model_card(self.script, self.flags, self.rows[-1], usage))
-        for line in self.evaluation_lines():
-            print(line)
+        write_whole(self.folder / model / "README.md", model_card(self.flags, self.rows[-1], usage))
+        for name, value in self.rows[-1].items():
+            if name.startswith("eval_"):  # a curve may rise and fall between first and last
+                values = [row[name] for row in self.rows if name in row]
+                print(f"{name:24} {values[0]:6.2f} → {value:6.2f} (from {min(values):.2f} to {max(values):.2f})")
         for sentence in troubles(self.rows).values():
             print(f"Warning: {sentence}")
         print(f"Saved:   {self.folder / model} (checked; transformers' from_pretrained reads it)")
         print(f"Samples: {self.folder / 'samples.jsonl'}")
         print(f"Curves:  tensorboard --logdir {self.folder.parent}")
-
-    def evaluation_lines(self) -> Iterator[str]:
-        """The first, last and best value of each held-out metric: a curve may rise and fall between the two."""
-        first = self.rows[0]
-        last = self.rows[-1]
-        for name in first:
-            if not name.startswith("eval_") or name not in last or name.endswith(("_length", "_interval")):
-                continue
-            line = f"{name:24} {first[name]:6.2f} → {last[name]:6.2f}"
-            if f"{name}_interval" in last:
-                line += f" ± {last[f'{name}_interval']:.2f}"
-            values = {row["update"]: row[name] for row in self.rows if name in row}
-            best = None
-            if name == "eval_loss":
-                best = min(values, key=values.get)
-            elif name.removeprefix("eval_").removeprefix("gold_") in GREATEST_IS_BEST:
-                best = max(values, key=values.get)
-            if best is not None:
-                line += f" (best {values[best]:.2f}, update {best})"
-            yield line
 
     def close(self):
         self.bar.close()
@@ -1941,26 +1870,6 @@ class Run:
             self.writer.close()
         dist.barrier()
         dist.destroy_process_group()
-
-
-def finite_numbers(row: dict) -> dict[str, float]:
-    return {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
-
-
-def saved_sizes(engines) -> tuple[int, int]:
-    """-> (bytes of the first engine's model, bytes of a checkpoint of all engines, over all ranks)."""
-    models = []
-    checkpoint = 0
-    for engine in engines:
-        weights = 0
-        for p in engine.module.parameters():
-            size = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a rank holds a part
-            weights += size * p.element_size()
-            if p.requires_grad:
-                checkpoint += 8 * size  # Adam's moments
-                checkpoint += 4 * size if p.element_size() < 4 else 0  # float32 master weights
-        models.append(weights)
-    return models[0], sum(models) + checkpoint
 
 
 def troubles(rows: list[dict]) -> dict[str, str]:
@@ -1992,37 +1901,31 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     return found
 
 
-def one_screen_line(text, limit, end=False) -> str:
-    """A text on one line, at most `limit` characters of its beginning or its end, with … where it is cut."""
-    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎")
-    if len(text) <= limit:
-        return text
-    return f"…{text[-limit:]}" if end else f"{text[:limit]}…"
-
-
-def model_card(script, flags: dict, metrics: dict, usage) -> str:
+def model_card(flags: dict, metrics: dict, usage) -> str:
     """The README.md of a model's folder, as on the hub; `usage`: lines of Python that use the model."""
-    shown = {name: public_name(value) if name in INPUTS and value else value for name, value in flags.items()}
+    script = Path(sys.argv[0])
+    shown = {}
+    for name, value in flags.items():
+        is_path = isinstance(value, str) and os.path.isabs(value)
+        shown[name] = Path(value).name if is_path else value  # this machine's folders are nobody's business
     data = huggingface_hub.ModelCardData(
         library_name="transformers",
         base_model=shown["model"],
         datasets=[shown["dataset"]],
-        tags=[Path(script).stem],
+        tags=[script.stem],
     )
-    text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script}\n"
-    blocks = {"In this folder": usage, "Flags": json.dumps(shown, indent=2), "Metrics": json.dumps(metrics, indent=2)}
-    for name, block in blocks.items():
-        text += f"\n{name}:\n\n```\n{block.strip()}\n```\n"
+    text = f"---\n{data.to_yaml()}\n---\n# {shown['model']} after {script.name}\n"
+    text += f"\nIn this folder:\n\n```\n{usage.strip()}\n```\n"
+    text += f"\nFlags:\n\n```\n{json.dumps(shown, indent=2)}\n```\n"
+    text += f"\nMetrics:\n\n```\n{json.dumps(metrics, indent=2)}\n```\n"
     return text
 
 
-def public_name(value) -> str:
-    """A path flag as others may read it: a hub name, a path inside this project, or a last name without its folders."""
-    path = file_of(value)
-    if not path.is_absolute():
-        return value
-    shown = path.relative_to(HERE) if path.is_relative_to(HERE) else path.name
-    return value.replace(str(path), str(shown))
+# Files
+
+
+def finite_numbers(row: dict) -> dict[str, float]:
+    return {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -2035,6 +1938,11 @@ def read_rows(path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+def append_rows(path, rows: list[dict]):
+    with writing(path.parent), open(path, "a", encoding="utf-8") as file:
+        file.write(json_lines(rows))
+
+
 def write_whole(path, text):
     """Atomic: readers see the old text or the new one."""
     aside = path.with_name(path.name + ".tmp")
@@ -2045,59 +1953,45 @@ def write_whole(path, text):
 
 @contextlib.contextmanager
 def writing(folder, num_bytes=0) -> Iterator[None]:
-    """Looks for the room first. A full disk ends the run with one line, then or inside."""
+    """Looks for the room first. What cannot be written ends the run with one line that says how much room is left."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        fail(f"{folder}: the disk has {free:,} bytes left, {num_bytes:,} are needed", status=1)
+        fail(f"{folder}: the disk has {free:,} bytes left; what is to be saved needs {num_bytes:,}", status=1)
     try:
         yield
-    except Exception as error:
-        if not any(sign in str(error) for sign in DISK_IS_FULL):
-            raise
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
         free = shutil.disk_usage(folder).free
-        fail(f"{folder}: the disk is full, {free:,} bytes are left; could not write: {first_line(error)}", status=1)
+        fail(f"{folder}: could not write, the disk has {free:,} bytes left: {first_line(error)}", status=1)
 
 
-def input_digests(flags: dict) -> dict[str, dict[str, str]]:
-    """-> {flag: {file: hash of its content}}; a file of the flag's own is "", a hub name has none."""
-    found = {}
-    for flag in INPUTS:
-        value = flags.get(flag)
-        if not value:
-            continue
-        path = file_of(value)
-        if path.is_file():
-            found[flag] = {"": digest(path)}
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in INPUT_KINDS)
-            found[flag] = {str(file.relative_to(path)): digest(file) for file in files}
-    return found
+def saved_sizes(engines) -> tuple[int, int]:
+    """-> (bytes of the first engine's model, at most so many of a checkpoint of all engines), over all ranks."""
+    model = 0
+    checkpoint = 0
+    for engine in engines:
+        seen = set()
+        for _, p in engine.module.named_parameters(remove_duplicate=False):
+            numel = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a rank holds a part
+            if engine is engines[0] and p not in seen:
+                model += numel * p.element_size()
+            if p.requires_grad and p not in seen:
+                checkpoint += numel * 16  # the weight, a float32 copy of it and Adam's two moments
+            elif p in seen:
+                checkpoint += numel * p.element_size()  # DeepSpeed leaves out what is frozen, but not its second name
+            seen.add(p)
+    return model, checkpoint
 
 
-def digest(path) -> str:
-    """A hash of a file's content; of large weights, of the size and of sixteen pieces, so that it takes no time."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if path.suffix != ".safetensors" or size < 2**28:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for i in range(16):
-            file.seek(size * i // 16)
-            found.update(file.read(2**20))
-        return found.hexdigest()
-
-
-def check_inputs(folder, flags: dict, before: dict[str, dict[str, str]]):
-    """Refuses to resume with other content than the run began with; where it lies does not matter."""
-    now = input_digests(flags)
-    for flag in INPUTS:
-        old = before.get(flag, {})
-        new = now.get(flag, {})
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                file = file_of(flags[flag]) / name
-                change = "has changed" if name in new and name in old else "is new" if name in new else "is missing"
-                fail(f"--resume {folder}: {file} {change} since the run began (--{flag.replace('_', '-')})")
+def input_digests(flags: dict) -> dict[str, str]:
+    """-> {file: hash of its content} for the files that --resume reads again; what is on a hub has none."""
+    digests = {}
+    paths = [file_of(flags[name]) for name in INPUTS if flags.get(name)]
+    for path in paths:
+        for file in [path, *sorted(path.rglob("*"))]:
+            if file.is_file() and file.suffix != ".md" and ".git" not in file.parts:
+                with open(file, "rb") as content:
+                    digests[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
 
 
 def pair_metrics(rows: list[dict]) -> dict[str, float]:
@@ -2151,21 +2045,15 @@ def fail(message, status=2) -> typing.NoReturn:
     """Ends with one line on standard error. Status 2 is bad input, which all ranks of a node see; one prints it."""
     if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)
-    raise Failure(status)
-
-
-class Failure(SystemExit):
-    """Raised by `fail` after it has printed its message."""
+    raise SystemExit(status)
 
 
 @contextlib.contextmanager
 def fails_with(message, status=2) -> Iterator[None]:
-    """An error inside, or an exit, ends the run with one line: the message, then the error's first line."""
+    """An error inside ends the run with one line: the message, then the error's first line."""
     try:
         yield
-    except Failure:
-        raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         file = str(getattr(error, "filename", None) or "")
         if isinstance(error, OSError) and file.startswith(os.path.expanduser(huggingface_hub.constants.HF_HOME)):
             fail(f"{file}: {error.strerror}: the libraries' cache; set HF_HOME to a folder that you can write to")
@@ -2183,6 +2071,9 @@ def first_line(error) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 
+# The flags whose files --resume reads again.
+INPUTS = ("model", "dataset", "eval_dataset", "reward_model", "reward_function", "gold_reward_function")
+
 # Types of flags: tyro parses them, pydantic knows their bounds.
 PositiveInt = pydantic.PositiveInt
 NonNegativeInt = pydantic.NonNegativeInt
@@ -2190,17 +2081,6 @@ PositiveFloat = typing.Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False
 NonNegativeFloat = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = typing.Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
 PathOrName = typing.Annotated[str, pydantic.Field(min_length=1)]
-
-
-def check_bounds(args):
-    """Refuses values that their types do not accept."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        try:
-            pydantic.TypeAdapter(field.type).validate_python(value)
-        except pydantic.ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            fail(f"--{field.name.replace('_', '-')} {value!r}: {reason}")
 
 
 def make_paths_absolute(args):
@@ -2226,24 +2106,21 @@ def file_of(value) -> Path:
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
-    values = vars(args)
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    has_own = {name for name in INPUTS if values.get(name) != defaults.get(name)}
+    own = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) not in (None, field.default)}
     forgotten = []
-    if has_own & {"model", "dataset"}:
+    if "model" in own or "dataset" in own:
         forgotten = ["dataset", "eval_dataset", "reward_model"]
-    elif "reward_function" in has_own:
+    elif "reward_function" in own:
         forgotten = ["reward_model"]
     for name in forgotten:
-        if name in values and f"__{name}" not in given:
+        if hasattr(args, name) and f"__{name}" not in given:
             setattr(args, name, None)
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
-    own = [name for name in ("dataset", "reward_model", "reward_function") if name in has_own and values[name]]
-    own = [name for name in own if not Path(values[name]).absolute().is_relative_to(HERE / "examples")]
-    if own and "model" not in has_own and values.get("model", "").startswith("examples/"):
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in own)
-        print(f"note: {flags} your own, but the model is the example's, which only knows short film reviews (--model)")
+    for name in ("dataset", "reward_model", "reward_function"):
+        if name in own and "model" not in own and "examples/" not in getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} is your own, but --model is the example's, which only knows short film reviews")
 
 
 def parse_args(Args):
@@ -2253,6 +2130,8 @@ def parse_args(Args):
     if not args.resume:
         forget_example(args)
         make_paths_absolute(args)
+        if not args.output_dir:
+            args.output_dir = f"runs/{Path(sys.argv[0]).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         return args
     folder = os.path.abspath(args.resume)
     with fails_with(f"--resume {folder}: no readable args.json there"):
@@ -2268,10 +2147,13 @@ def parse_args(Args):
     make_paths_absolute(args)
     for name, old in vars(begun).items():
         new = getattr(args, name)
-        if new != old and name not in inputs:  # files may have moved: their content decides
+        if new != old:
             longer = "; to train longer, start a run from its policy" if name == "total_episodes" else ""
             fail(f"--{name.replace('_', '-')} {new} differs from the run in {folder}, which had {old}{longer}")
-    check_inputs(folder, vars(args), inputs)
+    digests = input_digests(vars(args))
+    for file in sorted(inputs | digests):
+        if inputs.get(file) != digests.get(file):
+            fail(f"--resume {folder}: {file} has changed since the run began")
     return args
 
 
@@ -2286,21 +2168,22 @@ def parse_flags(Args, **kwargs):
         sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 shows ? for signs that it does not have
     with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):
         args = tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
-        check_bounds(args)
+        try:
+            pydantic.TypeAdapter(Args).validate_python(vars(args))
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            fail(f"--{wrong['loc'][0].replace('_', '-')} {wrong['input']!r}: {wrong['msg']}")
     return args
 
 
 def refuse_tasks_without_ranks():
     """Several tasks of a scheduler that nobody has given ranks would each do the whole run, as if they were alone."""
-    if "RANK" in os.environ:  # by torchrun or deepspeed, also where srun has started these
-        return
+    has_rank = "RANK" in os.environ  # by torchrun or deepspeed, also where srun has started these
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(name) or 1) > 1:
-            program = Path(sys.argv[0]).name
-            fail(
-                f"{name}={os.environ[name]}, but no launcher has given ranks: start one task a node, and in it "
-                f"`torchrun --nproc_per_node GPUS {program} …` (for one process unset {name})"
-            )
+        count = int(os.environ.get(name) or 1)
+        if count > 1 and not has_rank:
+            launcher = f"torchrun --nproc_per_node GPUS {Path(sys.argv[0]).name}"
+            fail(f"{name}={count}, but no launcher: run `{launcher} …` in one task a node, or unset {name}")
 
 
 def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpointing, lora_rank=0) -> Backend:
@@ -2318,11 +2201,9 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Set by torchrun and deepspeed; without a launcher this process is alone, and takes any free port.
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     # Ranks wait for hours, because one may check, score or read a disk for long while the others have nothing to do.
     # A rank that dies is noticed in another way: gloo sees its connection closed, torchrun and deepspeed end the other
     # ranks. Where neither watches, NCCL's own limits are TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC and NCCL_TIMEOUT.

@@ -216,12 +216,10 @@ def main() -> None:
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(
-        script=__file__,
-        flags=vars(args),
         output_dir=args.output_dir,
         resume=args.resume,
-        seed=args.seed,
         save_every=args.save_every,
+        flags=vars(args),
         num_updates=num_updates,
         engines=[policy.engine],
     )

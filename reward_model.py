@@ -226,12 +226,10 @@ def main() -> None:
         return common.pair_metrics(rows)
 
     run = common.Run(
-        script=__file__,
-        flags=vars(args),
         output_dir=args.output_dir,
         resume=args.resume,
-        seed=args.seed,
         save_every=args.save_every,
+        flags=vars(args),
         num_updates=num_updates,
         engines=[model],
     )

@@ -244,6 +244,7 @@ def test_a_folder_without_a_finished_update_is_used_again(tmp_path, capsys):
     (tmp_path / "f.py").write_text("def reward(prompts, responses):\n    return [0] if len(prompts) == 1 else 1 / 0\n")
     assert run_here("remax", *flags, "--reward-function", f"{tmp_path}/f.py:reward") == 1
     assert (tmp_path / "r" / "args.json").exists()
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"update": 0}\n')  # what an evaluation would have left
     assert run_here("remax", *flags, "--reward-function", SENTIMENT) == 0
     assert len(list((tmp_path / "r").glob("events.*"))) == 1
     assert [row["update"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2]
@@ -283,7 +284,8 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
     assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
     assert f"tensorboard --logdir {tmp_path}\n" in capsys.readouterr().out
     card = (tmp_path / "r" / "policy" / "README.md").read_text()
-    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card and card.startswith("---\nbase_model: ")
+    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card
+    assert card.startswith("---\nbase_model: policy\n")
     monkeypatch.chdir(tmp_path / "r" / "policy")
     exec(code_of(card), {})
     assert capsys.readouterr().out.startswith("A prompt")
@@ -293,8 +295,7 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
     events = EventAccumulator(str(tmp_path / "r")).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"train/reward", "train/kl", "train/seconds_rollout", "train/loss", "eval/eval_reward"} <= tags
-    assert {"samples/text_summary", "flags/text_summary"} == set(events.Tags()["tensors"])
-    assert [event.step for event in events.Tensors("samples/text_summary")] == [0, 2]
+    assert [event.step for event in events.Scalars("eval/eval_reward")] == [0, 2]
 
 
 def test_a_reward_model_s_card_scores_as_the_scripts_do(tmp_path, monkeypatch, capsys):
