@@ -348,7 +348,9 @@ WRONG_ROWS = {  # what is said: the row
     "'chosen' ends with a message of the user": dict(prompt=[ASK], chosen=[ASK, GOOD, user("Bye")], rejected="No."),
     "the messages of 'rejected' before its answer are not": dict(prompt=[ASK], chosen=[GOOD], rejected=[SYSTEM, BAD]),
     "the messages of 'chosen' before its answer are not": dict(prompt=TALK, chosen=[ASK, GOOD], rejected=[BAD]),
-    "'prompt' is no message of the user in the conversations of chosen": dict(prompt="Hi", chosen=[ASK, GOOD], rejected=[ASK, BAD]),
+    "'prompt' is no message of the user in the conversations of chosen": dict(
+        prompt="Hi", chosen=[ASK, GOOD], rejected=[ASK, BAD]
+    ),
     "the messages of 'rejected' before": dict(chosen=[*TALK, GOOD], rejected=[ASK, BAD]),
     "'rejected' ends with a message of the user": dict(chosen=[ASK, GOOD], rejected=[ASK, user("No.")]),
     "chosen and rejected share no": dict(chosen="Yes.", rejected=[BAD]),
@@ -425,7 +427,9 @@ def test_a_completion_column_that_no_row_has_is_refused_if_the_user_names_it(tmp
 def test_the_last_answer_of_messages_is_a_demonstration(tmp_path, capsys):
     rows = [dict(messages=[*TALK, GOOD]), dict(messages=TALK), dict(messages=[ASK, BAD])]
     found = demonstrations(tmp_path / "p.jsonl", *rows, column="messages", prompt_column="messages")
-    assert "2 conversations; their last messages are the answers; 1 without an answer, dropped)" in capsys.readouterr().out
+    assert (
+        "2 conversations; their last messages are the answers; 1 without an answer, dropped)" in capsys.readouterr().out
+    )
     plain = [dict(prompt=TALK, completion="Yes."), dict(prompt=[ASK], completion="No.")]
     expected = demonstrations(tmp_path / "plain.jsonl", *plain)
     assert [(p.text, p.ids, p.demonstration) for p in found] == [(p.text, p.ids, p.demonstration) for p in expected]
@@ -576,7 +580,10 @@ def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
     assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
     assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
     assert common.train_and_held_out(files.get, "a", None, 64) == ([a[0], a[4], a[5]], [a[3], a[1], a[2]])
-    assert common.train_and_held_out(files.get, "low", None, 2) == ([files["low"][1]], [files["low"][2], files["low"][0]])
+    assert common.train_and_held_out(files.get, "low", None, 2) == (
+        [files["low"][1]],
+        [files["low"][2], files["low"][0]],
+    )
     assert common.train_and_held_out(files.get, "a", "b", 0) == (a, [])
     for name in ("one", "same", "high", "low"):  # one side would be empty
         with pytest.raises(SystemExit) as error:
