@@ -428,7 +428,8 @@ def test_the_last_answer_of_messages_is_a_demonstration(tmp_path, capsys):
     rows = [dict(messages=[*TALK, GOOD]), dict(messages=TALK), dict(messages=[ASK, BAD])]
     found = demonstrations(tmp_path / "p.jsonl", *rows, column="messages", prompt_column="messages")
     assert (
-        "2 conversations; their last messages are the answers; 1 without an answer, dropped)" in capsys.readouterr().out
+        "2 conversations; their last messages are the answers; 1 conversations; 1 without an answer"
+        in capsys.readouterr().out
     )
     plain = [dict(prompt=TALK, completion="Yes."), dict(prompt=[ASK], completion="No.")]
     expected = demonstrations(tmp_path / "plain.jsonl", *plain)
