@@ -48,8 +48,8 @@ def names_in(text: str) -> set[str]:
         ("reinforce", "grpo", 165),
         ("ppo", "grpo", 159),
         ("remax", "spr", 218),
-        ("spr", "spr_token", 235),
-        ("reward_model", "dpo", 111),
+        ("spr", "spr_token", 240),
+        ("reward_model", "dpo", 113),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):
