@@ -25,7 +25,7 @@ from rows import Run, append_row, commit, given_flags, markdown_table, read_rows
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 REWARD = """
-def reward(prompts, responses):
+def reward(prompts, responses, **columns):
     return [len(set(response)) / 100 for response in responses]
 """
 # Flags without which a script would take defaults of its example, or more than one optimizer step an update.
