@@ -43,6 +43,13 @@ class Args:
     """File that the results are appended to."""
 
 
+def bytes_with_adapters(script: str, bf16: bool) -> int:
+    """Resident bytes per parameter where adapters are trained, which are too few to count: frozen weights alone."""
+    trained, frozen = MODELS[script]
+    shared = 1 if frozen == 2 else 0  # the reference is the policy's own weights
+    return (2 if bf16 else 4) * (trained + frozen - shared)
+
+
 def bytes_per_parameter(script: str, bf16: bool, zero_stage: int = 0, ranks: int = 1, offload: bool = False) -> float:
     """Resident bytes on one device, per parameter of the policy.
 
@@ -88,7 +95,8 @@ def main() -> None:
     head = commit()
     imports = round(imports_mb(), 1)
     measured = ["--workload", args.workload, "--micro-batch-size", str(args.micro_batch_size), f"--flags={args.flags}"]
-    arithmetic = {script: bytes_per_parameter(script, bf16="bfloat16" in args.flags) for script in args.scripts}
+    bytes_of = bytes_with_adapters if "--lora-rank" in args.flags else bytes_per_parameter
+    arithmetic = {script: bytes_of(script, bf16="bfloat16" in args.flags) for script in args.scripts}
     peaks = {script: [] for script in args.scripts}
     for _ in range(args.repeats):
         for script in args.scripts:
@@ -98,6 +106,7 @@ def main() -> None:
             row = run.row(
                 head,
                 peak_rss_mb=step["peak_rss_mb"],
+                whole_run_rss_mb=step["whole_run_rss_mb"],
                 device=step["device"],
                 imports_mb=imports,
                 bytes_per_parameter=arithmetic[script],
