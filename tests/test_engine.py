@@ -235,8 +235,8 @@ def test_one_saved_weight_that_is_off_by_a_step_is_found(tmp_path, tokenizer, ze
     backend = start_backend(zero_stage=zero_stage, dtype=dtype)
     save_pretrained = transformers.LlamaForCausalLM.save_pretrained
 
-    def save_almost(model, folder):
-        save_pretrained(model, folder)
+    def save_almost(model, folder, **kwargs):
+        save_pretrained(model, folder, **kwargs)
         weights = load_file(folder / "model.safetensors")
         name = "model.layers.1.mlp.down_proj.weight"
         weights[name][0, 0] *= 1 + torch.finfo(weights[name].dtype).eps
@@ -321,6 +321,14 @@ def test_two_ranks_equal_one(tmp_path, offload):
     results = forked(run_all, cases, ranks=2)
     for script, found in zip(SCRIPTS, results, strict=True):
         assert_same_training(found, on_one_rank(script))
+
+
+def test_two_ranks_equal_one_with_adapters(tmp_path):
+    """The value model of ppo.py trains adapters and a whole head."""
+    expected = run(**case("ppo", tmp_path / "one", 0, 16, more="--lora-rank 2"))
+    cases = [case("ppo", tmp_path / "two", stage, 3, more="--lora-rank 2") for stage in (0, 1, 2)]
+    for found in forked(run_all, cases, ranks=2):
+        assert_same_training(found, expected)
 
 
 def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path):
