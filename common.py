@@ -1126,22 +1126,21 @@ def without_adapters(model):
     return plain
 
 
-def merged_weights(model) -> dict[str, torch.Tensor]:
+def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's weights by the names that they have without adapters, which are added to them matrix by matrix."""
-    weights = {}
     for name, weight in model.state_dict().items():
-        if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = weight
-    for name, layer in model.named_modules():
-        if hasattr(layer, "base_layer"):
-            base = layer.base_layer.weight
+        if ".lora_" in name:
+            continue
+        adapted, _, kind = name.partition(".base_layer.")
+        if kind == "weight":
+            layer = model.get_submodule(adapted)
             a = layer.lora_A["default"].weight.cpu().float()  # on the device there may be no room
             b = layer.lora_B["default"].weight.cpu().float()
             change = layer.scaling["default"] * b @ a
             if layer.fan_in_fan_out:  # GPT-2's layers hold their matrix transposed
                 change = change.T
-            weights[f"{name}.weight"] = (base.cpu().float() + change).to(base.dtype)
-    return weights
+            weight = (weight.cpu().float() + change).to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight
 
 
 def save_adapter(model, folder):
@@ -1167,16 +1166,14 @@ def save_and_check(engine, tokenizer, folder, backend):
         if backend.rank == 0:
             model = engine.module.model
             aside = folder.with_name(folder.name + ".tmp")  # then renamed: the folder is whole or absent
-            has_adapters = hasattr(model, "peft_config")
-            weights = merged_weights(model) if has_adapters else model.state_dict()
-            num_bytes = sum(weight.nbytes for weight in weights.values())
+            num_bytes = sum(weight.nbytes for weight in model.state_dict().values())
             with writing(folder.parent, num_bytes):
-                model.save_pretrained(aside, state_dict=weights)
+                model.save_pretrained(aside, state_dict=dict(merged_weights(model)))
                 tokenizer.save_pretrained(aside)
             for path in aside.glob("*.safetensors"):  # which only their owner may read, so far
                 shutil.copymode(aside / "config.json", path)
-            check_saved(model, weights, aside)
-            if has_adapters:
+            check_saved(model, aside)
+            if hasattr(model, "peft_config"):
                 save_adapter(model, folder.with_name("adapter"))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
@@ -1184,7 +1181,7 @@ def save_and_check(engine, tokenizer, folder, backend):
 
 
 @torch.no_grad()
-def check_saved(model, weights, folder):
+def check_saved(model, folder):
     """Ends the run unless from_pretrained gives back each of the weights; comparing them takes seconds."""
     with fails_with(f"{folder}: the saved model cannot be read", status=1):
         saved, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
@@ -1194,7 +1191,7 @@ def check_saved(model, weights, folder):
     if not saved(torch.tensor([[0, 1]])).logits.isfinite().all():  # two tokens, on the CPU
         fail(f"{folder}: the model's outputs are not finite: it has diverged; lower --learning-rate", status=1)
     saved_weights = saved.state_dict()
-    for name, weight in weights.items():
+    for name, weight in merged_weights(model):  # merged again: a third copy might not fit into memory
         if not torch.equal(saved_weights[name], weight.cpu()):
             fail(f"{folder}: the saved {name} is not the trained one", status=1)
 

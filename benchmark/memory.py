@@ -204,6 +204,13 @@ def resident_bytes(script: str, bf16: bool, parameters: float = 1, zero_stage=0,
     return parts["trained"] + parts["frozen"]
 
 
+def resident_bytes_with_adapters(script: str, bf16: bool) -> int:
+    """Per parameter, where adapters are trained: they are too few to count, so these are the frozen weights alone."""
+    trained, frozen = MODELS[script]
+    shared = 1 if frozen == 2 else 0  # the reference is the policy's own weights
+    return (2 if bf16 else 4) * (trained + frozen - shared)
+
+
 def extrapolated() -> str:
     """Gigabytes on each device in bfloat16, by model size: SPR (and SFT), ReMax (and REINFORCE), PPO."""
     titles = [f"{size}: {name}" for size in SIZES for name in ("SPR", "ReMax", "PPO")]
@@ -241,7 +248,8 @@ def main() -> None:
     head = commit()
     imports = round(imports_mb(), 1)
     measured = ["--workload", args.workload, "--micro-batch-size", str(args.micro_batch_size), f"--flags={args.flags}"]
-    arithmetic = {script: resident_bytes(script, bf16="bfloat16" in args.flags) for script in args.scripts}
+    bytes_of = resident_bytes_with_adapters if "--lora-rank" in args.flags else resident_bytes
+    arithmetic = {script: bytes_of(script, bf16="bfloat16" in args.flags) for script in args.scripts}
     peaks = {script: [] for script in args.scripts}
     for _ in range(args.repeats):
         for script in args.scripts:
@@ -251,6 +259,7 @@ def main() -> None:
             row = run.row(
                 head,
                 peak_rss_mb=step["peak_rss_mb"],
+                whole_run_rss_mb=step["whole_run_rss_mb"],
                 device=step["device"],
                 imports_mb=imports,
                 bytes_per_parameter=arithmetic[script],

@@ -18,6 +18,7 @@ the first update and does not count.
 
 import functools
 import json
+import resource
 import shlex
 import statistics
 import sys
@@ -324,6 +325,7 @@ def main() -> None:
         elif args.script == "sft":
             flags += "--num-samples 0 --weighting uniform --num-epochs 1 --num-minibatches 1".split()
         steps = run_script(args, folder, flags + shlex.split(args.flags))
+        whole_run_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # the saved model's check included
         saved = json.loads((folder / "run" / "args.json").read_text())
         metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         name = args.script + (str(args.ppo_epochs) if args.script == "ppo" else "")
@@ -331,7 +333,8 @@ def main() -> None:
         totals = torch.stack([sum(step.values()) for step in steps]).median(0).values.tolist()
         row = Run(args.workload, name, "benchmark/step.py", given_flags()).row(head)
         row |= dict(median_s=totals[0], cpu_s=totals[1], n=len(steps))
-        row |= dict(peak_rss_mb=json.loads(metrics[-1])["peak_memory_bytes"] / 2**20)
+        row |= dict(peak_rss_mb=json.loads(metrics[-1])["peak_memory_bytes"] / 2**20)  # in training
+        row |= dict(whole_run_rss_mb=whole_run_rss_mb)
         row |= {part: statistics.median(float(step[part][on]) for step in steps) for part in PARTS}
         if args.floor:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

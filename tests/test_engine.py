@@ -322,6 +322,14 @@ def test_two_ranks_equal_one(tmp_path, offload):
         assert_same_training(found, on_one_rank(script))
 
 
+def test_two_ranks_equal_one_with_adapters(tmp_path):
+    """The value model of ppo.py trains adapters and a whole head."""
+    expected = run(**case("ppo", tmp_path / "one", 0, 16, more="--lora-rank 2"))
+    cases = [case("ppo", tmp_path / "two", stage, 3, more="--lora-rank 2") for stage in (0, 1, 2)]
+    for found in forked(run_all, cases, ranks=2):
+        assert_same_training(found, expected)
+
+
 def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path, monkeypatch):
     batches = []
     shuffled_batch = common.shuffled_batch

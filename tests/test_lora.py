@@ -1,12 +1,26 @@
 """--lora-rank: adapters are trained, the weights are frozen, and the reference is the model below the adapters."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import EXAMPLE, number_tokenizer, policy_of, run_here, start_backend, tiny_model
+from conftest import (
+    EXAMPLE,
+    PAIRS,
+    ROOT,
+    SCRIPTS,
+    TINY,
+    number_tokenizer,
+    policy_of,
+    run_here,
+    script_environment,
+    start_backend,
+    tiny_model,
+)
 from safetensors.torch import load_file
 
 import common
@@ -82,6 +96,7 @@ def test_the_saved_policy_is_the_adapted_one_and_peft_reads_the_adapter(model, t
 
     policy = trained_policy(model, tmp_path / "base")
     expected = real_logprobs(policy)
+    (tmp_path / "run").mkdir()
     common.save_and_check(policy.engine, number_tokenizer(), tmp_path / "run" / "policy", start_backend(lora_rank=4))
     merged = type(model).from_pretrained(tmp_path / "run" / "policy")
     assert {*merged.state_dict()} == {*model.state_dict()}
@@ -102,16 +117,17 @@ def test_the_change_of_a_matrix_is_32_over_the_rank_times_b_times_a(tmp_path):
     policy = trained_policy(model, tmp_path, rank=8)
     layer = policy.engine.module.model.model.layers[0].mlp.up_proj
     change = 32 / 8 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    merged = common.merged_weights(policy.engine.module.model)["model.layers.0.mlp.up_proj.weight"]
+    merged = dict(common.merged_weights(policy.engine.module.model))["model.layers.0.mlp.up_proj.weight"]
     torch.testing.assert_close(merged, model.model.layers[0].mlp.up_proj.weight + change)
     assert change.abs().max() > 1e-3
 
 
-def test_bfloat16_trains_float32_masters_of_the_adapters(tmp_path):
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_bfloat16_trains_float32_masters_of_the_adapters(zero_stage, tmp_path):
     """A hundred steps of 1e-5 are each below the type's resolution of A, but they must arrive."""
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
-    backend = start_backend(lora_rank=4, dtype="bfloat16", zero_stage=2)
+    backend = start_backend(lora_rank=4, dtype="bfloat16", zero_stage=zero_stage)
     policy = common.load_policy(str(tmp_path), number_tokenizer(), SAMPLING, backend)
     policy.engine = common.train_engine(policy.engine, backend, 1.0)
     layer = policy.engine.module.model.model.layers[0].mlp.up_proj
@@ -145,3 +161,125 @@ def test_a_reward_model_trains_adapters_and_its_whole_head(tmp_path, capsys):
     assert "Adapters of rank 2" in capsys.readouterr().out
     assert not any("lora" in name for name in merged)
     assert Path(tmp_path / "r" / "reward_model" / "README.md").exists()
+
+
+def tiny_run(script, folder, *flags) -> None:
+    data = [] if script in PAIRS else ["--gold-reward-function", EXAMPLE / "sentiment.py:reward"]
+    flags = [*tiny_flags(script), *data, *flags, "--lora-rank", 2, "--output-dir", folder]
+    assert run_here(script, *flags) == 0
+
+
+def tiny_flags(script) -> list[str]:
+    flags = list(TINY)
+    if script == "reward_model":
+        at = flags.index("--response-length")
+        del flags[at : at + 2]
+    return [*flags, *SCRIPTS[script].one_step.split()]
+
+
+WITH_REFERENCE = [script for script in SCRIPTS if script != "reward_model"]
+
+
+@pytest.mark.parametrize("script", WITH_REFERENCE)
+def test_after_a_run_its_references_are_the_initial_policy_and_no_second_copy(script, tmp_path, monkeypatch):
+    policies = []
+    references = []
+    load_reference = common.load_reference
+
+    def remembered(policy, backend):
+        policies.append(policy)
+        references.append(load_reference(policy, backend))
+        return references[-1]
+
+    monkeypatch.setattr(common, "load_reference", remembered)
+    tiny_run(script, tmp_path / "r")
+    initial = load_file(EXAMPLE / "policy" / "model.safetensors")
+    for policy, reference in zip(policies, references, strict=True):
+        weights = dict(reference.decoder.named_parameters())
+        assert {*weights} == {*initial}
+        assert all(torch.equal(weights[name], initial[name]) for name in initial)
+        of_the_policy = {weight.data_ptr() for weight in policy.decoder.parameters()}
+        assert all(weight.data_ptr() in of_the_policy for weight in weights.values())
+    saved = load_file(tmp_path / "r" / "policy" / "model.safetensors")
+    assert any(not torch.equal(saved[name], initial[name]) for name in initial)
+
+
+@pytest.mark.parametrize("script, engines", [("ppo", 2), ("reward_model", 1)])
+def test_a_checkpoint_holds_adapters_heads_and_their_moments_only(script, engines, tmp_path):
+    tiny_run(script, tmp_path / "r", "--save-every", 2)
+    (folder,) = (tmp_path / "r" / "checkpoint").glob("update-*")
+    weights = {}
+    num_moments = 0
+    for i in range(engines):
+        states = torch.load(folder / f"engine-{i}" / "mp_rank_00_model_states.pt", weights_only=False)
+        weights |= {f"{i}.{name}": weight for name, weight in states["module"].items()}
+        for moments in states["optimizer"]["state"].values():
+            num_moments += moments["exp_avg"].numel() + moments["exp_avg_sq"].numel()
+    heads = [name for name in weights if ".lora_" not in name]
+    assert heads == [f"{engines - 1}.model.score.weight"]
+    num_weights = sum(weight.numel() for weight in weights.values())
+    assert num_moments == 2 * num_weights
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert num_bytes < 4 * (num_weights + num_moments) + 200_000
+
+
+@pytest.mark.parametrize("path", ["reward_model", "policy"])
+def test_a_value_model_has_adapters_and_a_whole_head(path):
+    backend = start_backend(lora_rank=2)
+    value = common.load_value_model(str(EXAMPLE / path), str(EXAMPLE / "policy"), SAMPLING, backend)
+    trained = [name for name, weight in value.named_parameters() if weight.requires_grad]
+    assert [name for name in trained if ".lora_" not in name] == ["model.score.weight"]
+    assert len(trained) > 10
+
+
+def test_gradient_checkpointing_computes_activations_again_and_gives_the_same_gradients(model, tmp_path):
+    found = {}
+    for gradient_checkpointing in (False, True):
+        policy = trained_policy(model, tmp_path, gradient_checkpointing=gradient_checkpointing)
+        adapters = [layer for layer in policy.engine.modules() if hasattr(layer, "base_layer")]
+        calls = []
+        adapters[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        rows = responses_of(policy)
+        loss = -(common.logprobs(policy, rows) * rows.mask_BT).sum()
+        trained = [weight for weight in policy.engine.parameters() if weight.requires_grad]
+        gradients = torch.autograd.grad(loss, trained)
+        found[gradient_checkpointing] = (len(calls), gradients)
+    assert (found[False][0], found[True][0]) == (1, 2)
+    assert all(torch.equal(plain, again) for plain, again in zip(found[False][1], found[True][1], strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in found[True][1])
+
+
+def test_layers_that_get_no_adapter_are_named(tmp_path, capsys):
+    """Mixtral's experts are one parameter of three dimensions, and its router is no linear layer."""
+    config = transformers.MixtralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        eos_token_id=1,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    policy = common.load_policy(str(tmp_path), number_tokenizer(), SAMPLING, start_backend(lora_rank=2))
+    out = capsys.readouterr().out
+    assert "warning: these layers get no adapter and are not trained: MixtralExperts, MixtralTopKRouter\n" in out
+    trained = [weight.numel() for weight in policy.engine.parameters() if weight.requires_grad]
+    assert len(trained) == 2 * 2 * 4  # A and B of four matrices of attention in two layers
+    assert sum(trained) == 2 * 4 * 2 * (32 + 32)
+    assert f"Adapters of rank 2: {sum(trained):,} weights are trained" in out
+
+
+def test_dense_models_get_no_warning(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    common.load_policy(str(tmp_path), number_tokenizer(), SAMPLING, start_backend(lora_rank=2))
+    assert "no adapter" not in capsys.readouterr().out
+
+
+def test_without_the_flag_peft_is_not_imported(tmp_path):
+    flags = [*tiny_flags("remax"), "--output-dir", str(tmp_path / "r")]
+    code = "import sys; import remax; remax.main(); sys.exit('peft' in sys.modules)"
+    command = [sys.executable, "-c", code, *flags]
+    assert subprocess.run(command, cwd=ROOT, env=script_environment()).returncode == 0

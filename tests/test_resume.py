@@ -53,7 +53,7 @@ def state(folder):
     """-> (metrics without times and memory, the text of all samples, weights)."""
     rows = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in read_metrics(folder)]
     names = ["samples.jsonl", *(path.name for path in sorted(folder.glob("iteration-*.jsonl")))]
-    (weights,) = folder.glob("*/model.safetensors")
+    (weights,) = folder.glob("*/model.safetensors")  # merged, where there are adapters
     return rows, {name: (folder / name).read_text() for name in names}, load_file(weights)
 
 
@@ -136,6 +136,11 @@ OTHERS = dict(
 @pytest.mark.parametrize("script, how", OTHERS.items())
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
+
+
+@pytest.mark.parametrize("script, how", dict(OTHERS, remax="in a file").items())
+def test_with_adapters(tmp_path, script, how):
+    interrupted_and_resumed(tmp_path, script, how, more=["--lora-rank", "2"])
 
 
 def test_spr_on_two_ranks_with_zero_2(tmp_path):

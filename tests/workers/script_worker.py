@@ -50,8 +50,8 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
     save_and_check, check_saved = common.save_and_check, common.check_saved
 
     def watched_step(engine, *args):
-        parameters = dict(engine.module.named_parameters())
-        seen["gradients"].append(torch.cat([safe_get_full_grad(p).flatten().clone() for p in parameters.values()]))
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        seen["gradients"].append(torch.cat([safe_get_full_grad(p).flatten().clone() for p in trained]))
         states = [value for state in engine.basic_optimizer.state.values() for value in state.values()]
         seen["moments"].append(sum(value.abs().sum().item() for value in states))
         return step(engine, *args)
@@ -71,12 +71,12 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
             seen["weights"] = {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
         save_and_check(engine, *args)
 
-    def check_spoiled(model, weights, folder):
+    def check_spoiled(model, folder):
         saved = load_file(folder / "model.safetensors")
         name = list(saved)[-1]
         saved[name].flatten()[-1] += 1e-3
         save_file(saved, folder / "model.safetensors", dict(format="pt"))
-        check_saved(model, weights, folder)
+        check_saved(model, folder)
 
     with contextlib.ExitStack() as stack:
         for name, new in (
