@@ -191,14 +191,14 @@ def main() -> None:
     prompts, eval_prompts = common.train_and_held_out(load_prompts, args.dataset, args.eval_dataset, eval_size)
 
     # 2. Models: the reward, the policy in training, and the frozen reference (the policy before training)
-    reward = common.Reward(
+    scoring = dict(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
-        backend=backend,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
     )
+    reward = common.Reward(backend=backend, **scoring)
     reward_functions = dict(reward=reward)
     if args.gold_reward_function:
         reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])

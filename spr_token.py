@@ -266,15 +266,14 @@ def main() -> None:
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
     whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
-    reward = common.Reward(
+    scoring = dict(
         model=args.reward_model,
         function=args.reward_function,
         missing_eos_penalty=args.missing_eos_penalty,
-        backend=whole,
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
-        stays_loaded=False,
     )
+    reward = common.Reward(backend=whole, stays_loaded=False, **scoring)
     reward_functions = dict(reward=reward)
     if args.gold_reward_function:
         reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
