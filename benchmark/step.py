@@ -295,7 +295,8 @@ def main() -> None:
         prompts_BP = workloads.random_prompts(len(tokenizer), batch_size, prompt_length)
         texts = tokenizer.batch_decode(prompts_BP)
         numbers = (2 * batch_size, response_length - 1)
-        responses = tokenizer.batch_decode(workloads.random_prompts(len(tokenizer), *numbers))
+        responses_NT = workloads.random_prompts(len(tokenizer), *numbers).flip(1)  # else they could repeat the prompts
+        responses = tokenizer.batch_decode(responses_NT)
         rows = [
             dict(prompt=texts[i], completion=responses[i], chosen=responses[i], rejected=responses[batch_size + i])
             for i in range(batch_size)
