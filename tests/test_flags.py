@@ -34,14 +34,15 @@ def with_flags(script, *flags) -> list:
 
 
 def count_layers(model, seen):
-    """Forwards of the first layer while gradients are computed."""
+    """Forwards of the first layer that begin while gradients are computed."""
 
     def count(*args):
         if seen.in_backward:
             seen.layers_in_backward[-1] += 1
 
     (layers,) = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers[0].register_forward_hook(count)
+    first_part = next(layers[0].children())  # hooks of a layer itself are not called when it is computed again
+    first_part.register_forward_pre_hook(count)
 
 
 @pytest.fixture
