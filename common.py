@@ -624,6 +624,7 @@ def train_engine(module, backend, max_grad_norm):
     )
     # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    module.register_state_dict_post_hook(drop_frozen)  # of what a checkpoint holds
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, **adamw)  # optimizer_step sets the rate
     with contextlib.redirect_stdout(io.StringIO()):  # ZeRO-1 prints its memory
@@ -632,6 +633,13 @@ def train_engine(module, backend, max_grad_norm):
         engine.enable_backward_allreduce = False
     reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
+
+
+def drop_frozen(module, weights, prefix, _):
+    """Takes frozen weights out of a state_dict; DeepSpeed would keep the second name of a tied one."""
+    for name, weight in module.named_parameters(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        if not weight.requires_grad:
+            weights.pop(name, None)
 
 
 def backward(engine, loss, is_last):
@@ -1086,18 +1094,24 @@ def with_adapters(model, rank):
         return model
     import peft  # only needed here
 
+    adapted = same_weights(model).train()
+    adapted.requires_grad_(False)
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    # Below the head: no output embedding and no `score`.
+    names = [name for name, layer in adapted.base_model.named_modules() if isinstance(layer, linear)]
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=32,  # the scale is 32 / rank: one learning rate suits all ranks
         lora_dropout=0.0,
-        target_modules="all-linear",  # but no output embedding and no head
+        target_modules=names,
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
-    adapted = same_weights(model).train()
-    adapted.requires_grad_(False)
     torch.manual_seed(0)  # every rank of the run begins with the same adapters
     with warnings.catch_warnings(action="ignore"):  # that GPT-2's matrices lie transposed; peft sees to it
-        peft.inject_adapter_in_model(config, adapted)  # not PeftModel, which would hide base_model
+        # Not PeftModel, which would hide base_model. Where peft sees a model's config it wraps some models' experts,
+        # in another way than linear layers; the container has none.
+        peft.inject_adapter_in_model(config, nn.Sequential(adapted))
+    adapted.peft_config = dict(default=config)
     if hasattr(adapted, "score"):
         adapted.score.requires_grad_(True)
 
@@ -1738,7 +1752,7 @@ class Run:
             self.last_checkpoint = int((folder / "latest").read_text())
             target = str(folder / f"update-{self.last_checkpoint}")
             for i, engine in enumerate(self.engines):
-                # Not strict: under --lora-rank a checkpoint has the trained weights alone.
+                # Not strict: a checkpoint has the trained weights alone.
                 path, _ = engine.load_checkpoint(target, tag=f"engine-{i}", load_module_strict=False)
                 if path is None:
                     raise FileNotFoundError(target)
@@ -1751,7 +1765,7 @@ class Run:
         target = str(folder / f"update-{update}")
         with writing(self.folder, self.checkpoint_bytes):
             for i, engine in enumerate(self.engines):
-                engine.save_checkpoint(target, f"engine-{i}", save_latest=False, exclude_frozen_parameters=True)
+                engine.save_checkpoint(target, f"engine-{i}", save_latest=False)
         dist.barrier()
         if self.is_main:
             write_whole(folder / "latest", str(update))
