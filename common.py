@@ -1980,16 +1980,12 @@ def saved_sizes(engines) -> tuple[int, int]:
     model = 0
     checkpoint = 0
     for engine in engines:
-        seen = set()
-        for _, p in engine.module.named_parameters(remove_duplicate=False):
-            numel = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a rank holds a part
-            if engine is engines[0] and p not in seen:
-                model += numel * p.element_size()
-            if p.requires_grad and p not in seen:
+        for weight in engine.module.parameters():
+            numel = getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 a rank holds a part
+            if engine is engines[0]:
+                model += numel * weight.element_size()
+            if weight.requires_grad:
                 checkpoint += numel * 16  # the weight, a float32 copy of it and Adam's two moments
-            elif p in seen:
-                checkpoint += numel * p.element_size()  # DeepSpeed leaves out what is frozen, but not its second name
-            seen.add(p)
     return model, checkpoint
 
 
