@@ -2213,7 +2213,7 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
         os.environ.setdefault(name, value)
     # Ranks wait for hours, because one may check, score or read a disk for long while the others have nothing to do.
     # A rank that dies is noticed in another way: gloo sees its connection closed, torchrun and deepspeed end the other
-    # ranks. Where neither watches, NCCL's own limits are TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC and NCCL_TIMEOUT.
+    # ranks. Where neither watches, NCCL's own watchdog does (TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC).
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=6))
     atexit.register(leave_processes)
     # From 2.11 on torch prefers cuDNN's attention on H100 and H200 where there is a mask. Its backward may give NaN
