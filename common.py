@@ -1588,6 +1588,7 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
     drop or move the thoughts): such an answer is read as it is, with the tokenizer's EOS, and a line says so.
     """
     rows = []
+    num_cut = 0
     num_rewritten = 0
     for prompt in prompts:
         answer = prompt.answers[column]
@@ -1601,6 +1602,9 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
                 num_rewritten += 1
                 turn = answer
         rows.append(encode_response(tokenizer, turn))
+        num_cut += tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token)
+    if num_cut:
+        print(f"{num_cut:,} of {column!r} hold {tokenizer.eos_token} before their end, and are cut there")
     if num_rewritten:
         reason = "since the chat template would change them"
         print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")

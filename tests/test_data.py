@@ -641,3 +641,11 @@ def test_updates_are_whole_ones(capsys):
         with pytest.raises(SystemExit) as error:
             common.plan_updates(*arguments)
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_answer_that_goes_on_after_an_eos_is_cut_and_told(tmp_path, capsys):
+    eos = "<|endoftext|>"
+    rows = [dict(prompt="a", completion=text) for text in (f" b{eos} c", f" b{eos}", " b")]
+    found = demonstrations(tmp_path / "p.jsonl", *rows)
+    assert "1 of 'completion' hold <|endoftext|> before their end, and are cut there" in capsys.readouterr().out
+    assert found[0].demonstration == found[1].demonstration == found[2].demonstration
