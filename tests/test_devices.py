@@ -114,7 +114,7 @@ class Engine:
         self.zero_optimization_stage, self.bfloat16_enabled = lambda: 0, lambda: False
 
     def __call__(self, *inputs):
-        if not all(map(is_there, inputs)):
+        if not all(map(is_there, tensors_in(inputs))):
             raise RuntimeError("an input of the engine is on the CPU")
         return self.module(*inputs)
 

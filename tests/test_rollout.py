@@ -181,9 +181,9 @@ def test_samples_follow_the_policy_however_many_are_decoded_at_once(rollout_batc
 @pytest.mark.parametrize("num_samples, greedy", [(2, True), (2, False), (0, False)])
 def test_a_demonstration_follows_the_samples_of_its_prompt(model, num_samples, greedy):
     prompts, policy = prompts_of(PROMPTS), policy_of(model, temperature=1e-4)
+    answers = common.rollout(policy, prompts, num_samples=0, greedy=True)
     for prompt, demonstration in zip(prompts, ([40, 1], [41, 42, 43, 1], [1])):
         prompt.demonstration = demonstration
-    answers = common.rollout(policy, prompts, num_samples=0, greedy=True)
     found = common.rollout(policy, prompts, num_samples, greedy)
     rows = [row[mask == 1].tolist() for row, mask in zip(found.tokens_BT, found.mask_BT)]
     expected, order = [], []

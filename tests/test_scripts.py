@@ -431,7 +431,10 @@ def test_broken_preferences_of_the_development_data(tokenizer, capsys):
         with pytest.raises(SystemExit) as error:
             load(SHARED / "data" / "bad" / name, tokenizer)
         assert error.value.code == 2 and expected in capsys.readouterr().err
-    for name, dropped in (("chosen_equals_rejected.jsonl", "3 of equal"), ("empty_answers.jsonl", "2 with an empty")):
+    for name, dropped in (
+        ("chosen_equals_rejected.jsonl", "3 of equal"),
+        ("empty_answers.jsonl", "2 without an answer"),
+    ):
         assert load(SHARED / "data" / "bad" / name, tokenizer, max_length=4096)
         assert dropped in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ class NoText:
     """A tokenizer for models of random ids."""
 
     eos_token_id = 1
+    eos_ids = [1]
 
     def __call__(self, text, **kwargs):
         return dict(input_ids=[2])
