@@ -115,7 +115,7 @@ class Sampling:
     max_prompt_length: int
     response_length: int
     temperature: float
-    batch_size: int | None  # rows that are decoded at once; None for what `load_policy` chooses
+    batch_size: int | None  # rows that are decoded at once; `load_policy` replaces None
 
 
 @dataclasses.dataclass
@@ -143,10 +143,10 @@ class Responses:
     ended_B: torch.Tensor  # whether there is an EOS
 
     def __getitem__(self, rows: slice | list[int]) -> "Responses":
-        numbers = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
+        indices = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
         return Responses(
-            prompts=[self.prompts[i] for i in numbers],
-            texts=[self.texts[i] for i in numbers],
+            prompts=[self.prompts[i] for i in indices],
+            texts=[self.texts[i] for i in indices],
             prompts_BP=self.prompts_BP[rows],
             prompt_mask_BP=self.prompt_mask_BP[rows],
             tokens_BT=self.tokens_BT[rows],
@@ -293,9 +293,8 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
         token_N = logits_NV.argmax(-1)
         token_N[:num_sampled] = sample(logits_NV[:num_sampled].float() / sampling.temperature)
-        # A row that has ended repeats its EOS, which is written to the end of the row already.
-        token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])
-        tokens_RT[rows_N, t:] = token_N[:, None]
+        token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])  # a row that has ended repeats its EOS
+        tokens_RT[rows_N, t:] = token_N[:, None]  # to the end: an ended row has its EOS there already
 
         going_N = ~torch.isin(token_N, eos_E)
         num_going = int(going_N.sum())
@@ -331,8 +330,8 @@ def sample(logits_NV):
 
 # ---------------------------------------------------------------- 3. Log-probabilities, values, scores
 #
-# What models say of tokens that are there. main() calls the first functions; the classes below them are what an engine
-# trains, since DeepSpeed needs a module whose forward is the whole computation.
+# What models compute for given tokens. main() calls the functions; the classes below them are what an engine trains,
+# since DeepSpeed needs a module whose forward is the whole computation.
 
 
 def logprobs(policy, rows: Responses):
@@ -416,14 +415,14 @@ class TokenLogprobs(nn.Module):
 
     def forward(self, ids_BL, mask_BL, num_tokens):
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
-        backbone = self.model.base_model(
+        outputs = self.model.base_model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
             position_ids=positions_of(mask_BL),
             use_cache=False,
         )
         # Logits at t predict token t + 1.
-        hidden_ND = backbone.last_hidden_state[:, -num_tokens - 1 : -1].flatten(0, 1)
+        hidden_ND = outputs.last_hidden_state[:, -num_tokens - 1 : -1].flatten(0, 1)
         tokens_N = ids_BL[:, -num_tokens:].flatten()
         head = self.model.get_output_embeddings()
 
@@ -433,7 +432,7 @@ class TokenLogprobs(nn.Module):
                 logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
             return -F.cross_entropy(logits_NV / self.divisor, tokens_N, reduction="none")
 
-        # The vocabulary dwarfs all else: at most 2^25 logits (128 MiB) are alive. Backward recomputes them.
+        # The vocabulary dwarfs all else, so a chunk has at most 2^25 logits (128 MiB). Backward computes chunks again.
         size = max(1, 2**25 // self.model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_ND.split(size), tokens_N.split(size)))
         if torch.is_grad_enabled() and len(chunks) > 1:
@@ -453,14 +452,14 @@ class ScalarOutputs(nn.Module):
 
     def forward(self, ids_BL, mask_BL, read_BK):
         """-> outputs_BK, float32. read_BK: the K positions of each row to read at."""
-        backbone = self.model.base_model(
+        outputs = self.model.base_model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
             position_ids=positions_of(mask_BL),
             use_cache=False,
         )
         rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
-        return self.model.score(backbone.last_hidden_state[rows_B1, read_BK]) - self.zero
+        return self.model.score(outputs.last_hidden_state[rows_B1, read_BK]) - self.zero
 
 
 class ScalarHead(nn.Module):
@@ -470,8 +469,8 @@ class ScalarHead(nn.Module):
         super().__init__()
         self.weight = weight  # (1, D), under the name that it has in the model's files
 
-    def forward(self, hidden_BD):
-        return F.linear(hidden_BD.float(), self.weight.float()).squeeze(-1)
+    def forward(self, hidden_BKD):
+        return F.linear(hidden_BKD.float(), self.weight.float()).squeeze(-1)
 
 
 # ---------------------------------------------------------------- 4. Rewards
@@ -614,7 +613,7 @@ def train_engine(module, backend, max_grad_norm):
         module.model.activation_checkpointing_enable()
     config = dict(
         train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
-        gradient_accumulation_steps=2,  # any number but 1, which is wrong at ZeRO-1 and 2: `backward` sets the real one
+        gradient_accumulation_steps=2,  # any but 1, which is wrong at ZeRO-1 and 2: `backward` marks the boundaries
         gradient_clipping=max_grad_norm,
         bf16=dict(enabled=backend.dtype == "bfloat16"),
         data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
@@ -643,7 +642,7 @@ def drop_frozen(module, weights, prefix, _):
 
 
 def backward(engine, loss, is_last):
-    """Adds a micro-batch's gradients, which are not divided by their number; after the last they are ranks' means."""
+    """Adds the gradients of a micro-batch; after the last one the engine averages their sum over the ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
     factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -706,24 +705,24 @@ def evaluate(policy, reference, prompts: list[Prompt], rewards, micro_batch_size
     """Greedy responses to held-out prompts -> a dict each, on every rank. `rewards`: {name: function of responses}."""
     share = deal_out(prompts)
     responses = rollout(policy, share, num_samples=0, greedy=True)
-    first = len(responses.texts) - len(share)  # of the greedy rows; demonstrations come before them
-    if first not in (0, len(share)):
-        raise ValueError(f"{first} of {len(share)} prompts have a demonstration; expected all or none")
-    greedy = responses[first:]
+    num_demonstrations = len(responses.texts) - len(share)  # they come before the greedy rows
+    if num_demonstrations not in (0, len(share)):
+        raise ValueError(f"{num_demonstrations} of {len(share)} prompts have a demonstration; expected all or none")
+    greedy = responses[num_demonstrations:]
     logprobs_RT = all_logprobs(policy, responses, micro_batch_size)
     ref_logprobs_BT = all_logprobs(reference, greedy, micro_batch_size)
     columns = dict(
-        log_ratio=((logprobs_RT[first:] - ref_logprobs_BT) * greedy.mask_BT).sum(1),
+        log_ratio=((logprobs_RT[num_demonstrations:] - ref_logprobs_BT) * greedy.mask_BT).sum(1),
         response_length=greedy.mask_BT.sum(1),
     )
-    if first > 0:
+    if num_demonstrations > 0:
         means_R = (logprobs_RT * responses.mask_BT).sum(1) / responses.mask_BT.sum(1)
-        columns["loss"] = -means_R[:first]  # nats per token of the demonstrations
+        columns["loss"] = -means_R[:num_demonstrations]  # nats per token of the demonstrations
     for name, reward in rewards.items():
         rewards_R = reward(responses)
-        columns[name] = rewards_R[first:]
-        if first > 0:
-            columns[f"demonstration_{name}"] = rewards_R[:first]
+        columns[name] = rewards_R[num_demonstrations:]
+        if num_demonstrations > 0:
+            columns[f"demonstration_{name}"] = rewards_R[:num_demonstrations]
     return gather_rows(greedy.rows(**columns))[: len(prompts)]
 
 

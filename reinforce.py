@@ -241,7 +241,7 @@ def main() -> None:
         clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
-        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
         sampled = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         mask_BT = sampled.mask_BT
         clock.lap("rollout")

@@ -232,7 +232,7 @@ def main() -> None:
         clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
-        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
         responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=True)
         sampled = responses[:B]  # all sampled rows, grouped by prompt; one greedy row per prompt follows
         mask_BT = sampled.mask_BT

@@ -259,7 +259,7 @@ def main() -> None:
         clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
-        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
         responses = common.rollout(policy, batch, args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")

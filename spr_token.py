@@ -155,15 +155,15 @@ class TokenValues(common.ScalarOutputs):
 
     def forward(self, ids_BL, mask_BL, states_BT):
         """-> values_B2T, float32: Q and W. states_BT: where in ids_BL the states s_t have been read."""
-        backbone = self.model.base_model(
+        outputs = self.model.base_model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
             position_ids=common.positions_of(mask_BL),
             use_cache=False,
         )
         rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
-        values_BT = self.model.score(backbone.last_hidden_state[rows_B1, states_BT + 1])
-        reference_BT = self.reference_head(backbone.last_hidden_state[rows_B1, states_BT])
+        values_BT = self.model.score(outputs.last_hidden_state[rows_B1, states_BT + 1])
+        reference_BT = self.reference_head(outputs.last_hidden_state[rows_B1, states_BT])
         return torch.stack([values_BT, reference_BT], 1) - self.zero
 
 
@@ -311,7 +311,7 @@ def main() -> None:
         clock = common.Clock()
 
         # 3. Rollout: responses of the policy as it is now
-        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)
+        batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
         responses = common.rollout(policy, batch, args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")
