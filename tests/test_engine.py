@@ -311,7 +311,7 @@ def on_one_rank(script):
 
 
 @pytest.mark.xdist_group("on_one_rank")
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, offload):
     """With --offload the frozen models are ZeRO-3 engines whose parameters lie in CPU memory."""
     stages, more = ((1, 3, 2), "--offload") if offload else ((3, 1, 2, 0), "")

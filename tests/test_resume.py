@@ -138,11 +138,20 @@ def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
 
-@pytest.mark.parametrize("script, how", dict(OTHERS, remax="in a file").items())
+# The other scripts resume with adapters in the slow tests: these two have all kinds of engines.
+SOON = ("spr_token", "reward_model")
+WITH_ADAPTERS = [
+    pytest.param(script, how, marks=[] if script in SOON else pytest.mark.slow)
+    for script, how in dict(OTHERS, remax="in a file").items()
+]
+
+
+@pytest.mark.parametrize("script, how", WITH_ADAPTERS)
 def test_with_adapters(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how, more=["--lora-rank", "2"])
 
 
+@pytest.mark.slow  # remax.py does the same every day
 def test_spr_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "spr", "in an update", ranks=2, zero_stage=2)
 

@@ -54,14 +54,14 @@ def test_nine_bad_updates_in_a_row_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("script", MOST)
-@pytest.mark.parametrize("dtype, zero_stage", [("float32", 3), ("bfloat16", 2)])
+@pytest.mark.parametrize("dtype, zero_stage", [("float32", 0), pytest.param("bfloat16", 3, marks=pytest.mark.slow)])
 def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
     flags = [*run_flags(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]
     assert run(script, [*flags, "--output-dir", tmp_path / "sound"])["status"] == 0
     assert "Saved: " in capsys.readouterr().out
     assert run(script, flags, spoiled=True)["status"] == 1
     out, err = capsys.readouterr()
-    assert "of the saved model are off by" in err and "Saved: " not in out
+    assert "is not the trained one" in err and "Saved: " not in out
 
 
 def function(folder, code) -> list:

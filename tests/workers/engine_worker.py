@@ -17,6 +17,7 @@ class NoText:
 
     eos_token_id = 1
     eos_ids = [1]
+    pad_token_id = 1
 
     def __call__(self, text, **kwargs):
         return dict(input_ids=[2])
