@@ -343,7 +343,14 @@ def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
     assert result.stdout == "True\n"
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in PAIRS])
+SEEDED = [
+    pytest.param(script, marks=pytest.mark.slow if script in ("spr", "spr_token") else [])
+    for script in SCRIPTS
+    if script not in PAIRS
+]
+
+
+@pytest.mark.parametrize("script", SEEDED)
 def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatch, script):
     """All prompts are the same one, and the policy does not learn."""
     prompts = tmp_path / "p.jsonl"
