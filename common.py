@@ -270,19 +270,12 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
     # Prompts go through the model once. Then the cache repeats a prompt's entries for each of its rows.
     cache = roomy_cache(model.config, room=T)
-    positions_BP = positions_of(prompt_mask_BP)
-    outputs = model(
-        input_ids=prompts_BP,
-        attention_mask=prompt_mask_BP,
-        position_ids=positions_BP,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    inputs = model_inputs(prompts_BP, prompt_mask_BP)
+    outputs = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits_NV = outputs.logits[index_R, -1]
     cache.reorder_cache(index_R)
     mask_NL = torch.cat([prompt_mask_BP[index_R], prompt_mask_BP.new_ones(R, T)], 1)
-    first_position_N1 = positions_BP[index_R, -1:] + 1
+    first_position_N1 = inputs["position_ids"][index_R, -1:] + 1
 
     eos_E = torch.tensor(eos_ids, device=device)
     tokens_RT = torch.empty(R, T, dtype=torch.long, device=device)
@@ -395,9 +388,10 @@ def joined(rows: Responses):
     return ids_BL, mask_BL, num_tokens
 
 
-def positions_of(mask_BL):
-    """Each token's position -> positions_BL. Learned position embeddings must not count padding."""
-    return (mask_BL.cumsum(1) - 1).clamp(min=0)
+def model_inputs(ids_BL, mask_BL) -> dict:
+    """What every forward needs. Learned position embeddings must not count padding."""
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+    return dict(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL)
 
 
 class TokenLogprobs(nn.Module):
@@ -415,12 +409,7 @@ class TokenLogprobs(nn.Module):
 
     def forward(self, ids_BL, mask_BL, num_tokens):
         """-> logprobs_BT, float32, of the distribution that is sampled: softmax(logits / temperature)."""
-        outputs = self.model.base_model(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_of(mask_BL),
-            use_cache=False,
-        )
+        outputs = self.model.base_model(**model_inputs(ids_BL, mask_BL), use_cache=False)
         # Logits at t predict token t + 1.
         hidden_ND = outputs.last_hidden_state[:, -num_tokens - 1 : -1].flatten(0, 1)
         tokens_N = ids_BL[:, -num_tokens:].flatten()
@@ -452,12 +441,7 @@ class ScalarOutputs(nn.Module):
 
     def forward(self, ids_BL, mask_BL, read_BK):
         """-> outputs_BK, float32. read_BK: the K positions of each row to read at."""
-        outputs = self.model.base_model(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_of(mask_BL),
-            use_cache=False,
-        )
+        outputs = self.model.base_model(**model_inputs(ids_BL, mask_BL), use_cache=False)
         rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
         return self.model.score(outputs.last_hidden_state[rows_B1, read_BK]) - self.zero
 
@@ -1738,15 +1722,15 @@ class Run:
 
     def write_beginning(self):
         """The files of a run that begins or goes on; what an earlier process wrote after the checkpoint is dropped."""
-        record = self.flags | dict(ranks=dist.get_world_size(), inputs=input_digests(self.flags))
-        write_whole(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
+        if self.last_checkpoint == 0:  # else args.json is there, and --resume has compared it
+            record = self.flags | dict(ranks=dist.get_world_size(), inputs=input_digests(self.flags))
+            write_whole(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
+            for path in self.folder.glob("events.*"):
+                path.unlink()
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = read_rows(self.folder / name) if self.last_checkpoint else []
             kept = [row for row in rows if row["update"] <= self.last_checkpoint]
             write_whole(self.folder / name, json_lines(kept))
-        if self.last_checkpoint == 0:
-            for path in self.folder.glob("events.*"):
-                path.unlink()
         self.writer = SummaryWriter(str(self.folder), purge_step=self.last_checkpoint + 1)
 
     def read_checkpoint(self):

@@ -155,12 +155,7 @@ class TokenValues(common.ScalarOutputs):
 
     def forward(self, ids_BL, mask_BL, states_BT):
         """-> values_B2T, float32: Q and W. states_BT: where in ids_BL the states s_t have been read."""
-        outputs = self.model.base_model(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=common.positions_of(mask_BL),
-            use_cache=False,
-        )
+        outputs = self.model.base_model(**common.model_inputs(ids_BL, mask_BL), use_cache=False)
         rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
         values_BT = self.model.score(outputs.last_hidden_state[rows_B1, states_BT + 1])
         reference_BT = self.reference_head(outputs.last_hidden_state[rows_B1, states_BT])

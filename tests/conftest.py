@@ -273,6 +273,21 @@ def one_error(capsys) -> str:
     return lines[0]
 
 
+def recorded_batches(monkeypatch) -> list:
+    """A list that grows by the batch of each update."""
+    import common
+
+    batches = []
+    shuffled_batch = common.shuffled_batch
+
+    def recorded(*args):
+        batches.append(shuffled_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(common, "shuffled_batch", recorded)
+    return batches
+
+
 def assert_ok(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 

@@ -24,6 +24,7 @@ from conftest import (
     launch,
     logprobs_of,
     read_metrics,
+    recorded_batches,
     script_environment,
     start_backend,
     tiny_model,
@@ -331,14 +332,7 @@ def test_two_ranks_equal_one_with_adapters(tmp_path):
 
 
 def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path, monkeypatch):
-    batches = []
-    shuffled_batch = common.shuffled_batch
-
-    def recorded(*args):
-        batches.append(shuffled_batch(*args))
-        return batches[-1]
-
-    monkeypatch.setattr(common, "shuffled_batch", recorded)
+    batches = recorded_batches(monkeypatch)
     path = EXAMPLE / "demonstrations.jsonl"
     more = f"--weighting uniform --num-samples 0 --dataset {path} --reward-model nowhere"  # which is never loaded
     more += " --response-length 48 --num-epochs 1 --total-episodes 40"

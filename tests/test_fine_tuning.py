@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import EXAMPLE, assert_ok, read_metrics, run_here, run_script
+from conftest import EXAMPLE, assert_ok, read_metrics, recorded_batches, run_here, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,14 +51,7 @@ def rate_of(step) -> float:
 
 def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data, monkeypatch):
     """The same rows in the same order, one AdamW and one schedule from the first step to the last."""
-    batches = []
-    shuffled_batch = common.shuffled_batch
-
-    def recorded(*args):
-        batches.append(shuffled_batch(*args))
-        return batches[-1]
-
-    monkeypatch.setattr(common, "shuffled_batch", recorded)
+    batches = recorded_batches(monkeypatch)
     assert run_here("spr", *FLAGS, *data, "--output-dir", tmp_path / "r") == 0
     metrics = read_metrics(tmp_path / "r")
     assert [row["update"] for row in metrics] == [0, 1, 2, 3, 4, 5]
