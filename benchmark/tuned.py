@@ -67,7 +67,17 @@ def watch(task, path, numbers, script, *flags) -> None:
 
     def begin(policy, reference, prompts, rewards, micro_batch_size):
         kept["rows"] = evaluate(policy, reference, prompts, rewards, micro_batch_size)  # in place of all later ones
-        backend = common.Backend(0, 1, policy.device, "float32", "sdpa", 0, False, False)
+        backend = common.Backend(
+            rank=0,
+            world_size=1,
+            device=policy.device,
+            dtype="float32",
+            attention="sdpa",
+            zero_stage=0,
+            offload=False,
+            gradient_checkpointing=False,
+            lora_rank=0,
+        )
         length = policy.sampling.max_prompt_length
         data = common.load_prompts(str(ROOT / where.held_out), common.Layout(), policy.tokenizer, length)
         kept["prompts"] = data[:200]
