@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -76,6 +77,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # deepspeed warns of ops that i
 deepspeed.utils.logger.handlers[0].setStream(sys.stderr)  # it has taken the stream of the block above
 import transformers
 from transformers.cache_utils import DynamicLayer
+
+gc.freeze()  # what the imports have made stays: without it each collection of garbage would take a quarter of a second
 
 LANGUAGE_MODEL = """
 import transformers
@@ -349,21 +352,23 @@ def values(value, rows: Responses):
 @torch.no_grad()
 def all_logprobs(policy, rows: Responses, micro_batch_size):
     """`logprobs` of any number of rows, without gradients -> logprobs_BT."""
-    logprobs_BT = torch.zeros(rows.tokens_BT.shape, device=policy.device)
+    order = []
+    parts = []
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
-        logprobs_BT[some] = logprobs(policy, rows[some])
-    return logprobs_BT
+        order += some
+        parts.append(logprobs(policy, rows[some]))
+    return torch.cat(parts)[torch.tensor(order).argsort()]  # in the order of the rows again
 
 
 @torch.no_grad()
 def all_values(value, rows: Responses, micro_batch_size):
     """`values` of any number of rows, without gradients -> values_BT."""
     order = []
-    parts = []  # a model may give several values per token
+    parts = []
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
         order += some
         parts.append(values(value, rows[some]))
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    return torch.cat(parts)[torch.tensor(order).argsort()]  # in the order of the rows again
 
 
 def scores(scorer, ids: list[list[int]], device):
@@ -756,6 +761,9 @@ class Backend:
     lora_rank: int
 
 
+# Loading
+
+
 def load_tokenizer(path):
     """The tokenizer, which also learns what else its model says about texts: their limits and what ends them."""
     if Path(path, "adapter_config.json").is_file():
@@ -873,22 +881,10 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
     """A causal language model, checked to be one that we can train."""
     model = with_adapters(load_language_model(path, sampling, backend), backend.lora_rank)
     policy = new_policy(model, tokenizer, sampling, backend.device)
-    with fails_with(f"{path}: a {type(model).__name__} is not supported"):
+    with fails_with(f"{path}: a {type(model).__name__} is not supported"), eager_attention(model):
         check_policy(policy)
-        row_bytes = cache_bytes_per_token(model) * (sampling.max_prompt_length + sampling.response_length)
-    num_rows = sampling.batch_size
-    if num_rows is None:
-        num_rows = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
-        policy.sampling = dataclasses.replace(sampling, batch_size=num_rows)
-    cache_bytes = num_rows * row_bytes
-    print(f"Rollout: {num_rows} rows at once, whose cache takes up to {gib(cache_bytes)}")
-    if backend.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info()
-        if cache_bytes > free_bytes:
-            fail(
-                f"--rollout-batch-size {num_rows}: a cache of {gib(cache_bytes)} does not fit "
-                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
-            )
+        token_bytes = cache_bytes_per_token(model)
+    policy.sampling = with_rollout_batch(sampling, token_bytes, backend)
     return policy
 
 
@@ -901,6 +897,78 @@ def load_reference(policy: Policy, backend) -> Policy:
     reference = new_policy(model, policy.tokenizer, policy.sampling, policy.device)
     reference.engine = freeze(reference.engine, backend)
     return reference
+
+
+def same_weights(model):
+    """A second module around the same weights, to decode: without training mode, checkpointing or ZeRO-3's hooks."""
+    shared = {}
+    for thing in (*model.parameters(), *model.buffers(), model.config):
+        shared[id(thing)] = thing  # deepcopy takes what it finds here as already copied
+    return copy.deepcopy(model, shared).eval()
+
+
+def freeze(module, backend) -> nn.Module:
+    """A model that is only read: whole on the device, or sharded over the ranks (ZeRO-3) or in CPU memory (offload)."""
+    module.requires_grad_(False).eval()
+    if backend.zero_stage < 3 and not backend.offload:
+        return module.to(backend.device)
+    zero = dict(stage=3)
+    if backend.offload:
+        zero["offload_param"] = dict(device="cpu")
+    config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero)
+    return deepspeed.initialize(model=module, config=config)[0]
+
+
+def limit_threads(module):
+    """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
+    if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
+        parameters = sum(p.numel() for p in module.parameters())
+        torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
+
+
+# Reward models and value models
+
+
+def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
+    """-> (a sequence classification model with one output, its tokenizer). `new_head`: as in `load_model`."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_token_id is None:
+        fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
+    model = load_model(
+        path,
+        transformers.AutoModelForSequenceClassification,
+        max_length=max_length,
+        backend=backend,
+        new_head=new_head,
+        num_labels=1,
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        fail(f"{path}: {type(model).__name__} has no linear head `score` without bias, so it is not a reward model")
+    model.score = ScalarHead(head.weight)
+    if model.config.pad_token_id is None:  # transformers takes batches only with one
+        model.config.pad_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def load_value_model(reward_model_path, policy_path, sampling: Sampling, backend) -> ScalarOutputs:
+    """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
+    path = policy_path
+    if reward_model_path:
+        ours = load_tokenizer(policy_path)
+        its = load_tokenizer(reward_model_path)
+        if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
+            path = reward_model_path
+    max_length = sampling.max_prompt_length + sampling.response_length
+    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy_path)
+    zero = getattr(model.config, "reward_mean", 0.0)
+    return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
+
+
+# The check before training
+#
+# Architectures differ in ways that nobody can list. So a model is compared with itself: the log-probabilities that we
+# train must be those of its plain forward, and so must those of the tokens that we decode.
 
 
 @torch.no_grad()
@@ -917,8 +985,6 @@ def check_policy(policy: Policy):
     if policy.engine.model.base_model is policy.engine.model:
         raise ValueError("it has no backbone below its head")
     text_BL = torch.tensor([[0, 1]])
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # flash attention does not run on a CPU
     if model(text_BL).logits.isnan().any():
         raise ValueError("its weights are not finite")
 
@@ -940,18 +1006,41 @@ def check_policy(policy: Policy):
         raise ValueError("it is not causal, minds padding, is noisy, or changes its logits after the output embedding")
     if not torch.allclose(plain_BTV.amax(-1), plain_BT, atol=tolerance):
         raise ValueError("it minds padding when it decodes with a cache")
-    model.set_attn_implementation(attention)
 
 
-def same_weights(model):
-    """A second module around the same weights, to decode: without training mode, checkpointing or ZeRO-3's hooks."""
-    shared = {}
-    for thing in (*model.parameters(), *model.buffers(), model.config):
-        shared[id(thing)] = thing  # deepcopy takes what it finds here as already copied
-    return copy.deepcopy(model, shared).eval()
+@contextlib.contextmanager
+def eager_attention(model) -> Iterator[None]:
+    """Inside the block the model computes on the CPU, where flash attention does not run."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    yield
+    model.set_attn_implementation(usual)
+
+
+# The cache of decoding
+#
+# transformers copies the whole cache at each new token. Ours has room for the whole response from the start.
 
 
 DEFAULT_CACHE_BYTES = 16 * 2**30
+
+
+def with_rollout_batch(sampling: Sampling, token_bytes, backend) -> Sampling:
+    """With a number of rows whose cache has room; `token_bytes`: what one token of one row takes."""
+    row_bytes = token_bytes * (sampling.max_prompt_length + sampling.response_length)
+    num_rows = sampling.batch_size
+    if num_rows is None:
+        num_rows = max(1, min(128, DEFAULT_CACHE_BYTES // max(1, row_bytes)))
+    cache_bytes = num_rows * row_bytes
+    print(f"Rollout: {num_rows} rows at once, whose cache takes up to {gib(cache_bytes)}")
+    if backend.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        if cache_bytes > free_bytes:
+            fail(
+                f"--rollout-batch-size {num_rows}: a cache of {gib(cache_bytes)} does not fit "
+                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
+            )
+    return dataclasses.replace(sampling, batch_size=num_rows)
 
 
 def gib(num_bytes) -> str:
@@ -963,10 +1052,7 @@ def gib(num_bytes) -> str:
 def cache_bytes_per_token(model) -> int:
     """What a row's cache grows by with each token, measured; layers with a window are counted as if they had none."""
     cache = transformers.DynamicCache(config=model.config)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
     model(torch.tensor([[0, 1]]), past_key_values=cache, use_cache=True)
-    model.set_attn_implementation(attention)
     tensors = []
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:  # a layer with a state has none
@@ -1013,59 +1099,9 @@ class RoomyLayer(DynamicLayer):
         self.values = self.value_buffer[:, :, :end]
 
 
-def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
-    """-> (a sequence classification model with one output, its tokenizer). `new_head`: as in `load_model`."""
-    tokenizer = load_tokenizer(path)
-    if tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer has no EOS token, which ends what a reward model reads")
-    model = load_model(
-        path,
-        transformers.AutoModelForSequenceClassification,
-        max_length=max_length,
-        backend=backend,
-        new_head=new_head,
-        num_labels=1,
-    )
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        fail(f"{path}: {type(model).__name__} has no linear head `score` without bias, so it is not a reward model")
-    model.score = ScalarHead(head.weight)
-    if model.config.pad_token_id is None:  # transformers takes batches only with one
-        model.config.pad_token_id = tokenizer.eos_token_id
-    return model, tokenizer
-
-
-def load_value_model(reward_model_path, policy_path, sampling: Sampling, backend) -> ScalarOutputs:
-    """Starts from a reward model that has the policy's tokenizer, else from the policy with a head of zeros."""
-    path = policy_path
-    if reward_model_path:
-        ours = load_tokenizer(policy_path)
-        its = load_tokenizer(reward_model_path)
-        if (ours.get_vocab(), ours.chat_template) == (its.get_vocab(), its.chat_template):
-            path = reward_model_path
-    max_length = sampling.max_prompt_length + sampling.response_length
-    model, _ = load_classifier(path, backend, max_length=max_length, new_head=path == policy_path)
-    zero = getattr(model.config, "reward_mean", 0.0)
-    return ScalarOutputs(with_adapters(model, backend.lora_rank), zero)
-
-
-def limit_threads(module):
-    """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
-    if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
-        parameters = sum(p.numel() for p in module.parameters())
-        torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
-
-
-def freeze(module, backend) -> nn.Module:
-    """A model that is only read: whole on the device, or sharded over the ranks (ZeRO-3) or in CPU memory (offload)."""
-    module.requires_grad_(False).eval()
-    if backend.zero_stage < 3 and not backend.offload:
-        return module.to(backend.device)
-    zero = dict(stage=3)
-    if backend.offload:
-        zero["offload_param"] = dict(device="cpu")
-    config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=zero)
-    return deepspeed.initialize(model=module, config=config)[0]
+# Adapters
+#
+# Policy and reference share one set of frozen weights: the reference is the same modules without their adapters.
 
 
 def with_adapters(model, rank):
@@ -1097,7 +1133,12 @@ def with_adapters(model, rank):
     adapted.peft_config = dict(default=config)
     if hasattr(adapted, "score"):
         adapted.score.requires_grad_(True)
+    tell_adapters(model, adapted, rank)
+    return adapted
 
+
+def tell_adapters(model, adapted, rank):
+    """The share of weights that is trained, and the kinds of layers that are not."""
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     print(f"Adapters of rank {rank}: {trained:,} weights are trained, {trained / total:.2%} of the model's")
@@ -1110,7 +1151,6 @@ def with_adapters(model, rank):
     without -= {"Conv1D"}  # GPT-2's linear layer
     if without:
         print(f"warning: these layers get no adapter and are not trained: {', '.join(sorted(without))}")
-    return adapted
 
 
 def without_adapters(model):
@@ -1157,6 +1197,11 @@ def save_adapter(model, folder):
     save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
 
 
+# Saving
+#
+# A run of days must not end in a folder that nobody can load, so what was saved is read again and compared.
+
+
 def save_and_check(engine, tokenizer, folder, backend):
     """A plain Hugging Face folder from any ZeRO stage, which is read again: it must hold every trained weight."""
     with gathered(engine):
@@ -1191,6 +1236,11 @@ def check_saved(model, folder):
     for name, weight in merged_weights(model):  # merged again: a third copy might not fit into memory
         if not torch.equal(saved_weights[name], weight.cpu()):
             fail(f"{folder}: the saved {name} is not the trained one", status=1)
+
+
+# A user's reward function
+#
+# It is the only code that comes from a path. It may do anything, except change the training by accident.
 
 
 @functools.cache  # read once, also where two flags name the file
@@ -1792,8 +1842,9 @@ class Run:
                     tqdm.write(f"warning, update {update}: {sentence}")
                     self.warned.add(name)
         # A run that has diverged would go on for hours to no end.
-        skipped = [0] + [row.get("skipped_updates", 0) for row in self.rows]
-        if len(skipped) > 10 and all(skipped[i] > skipped[i - 1] for i in range(-10, 0)):
+        skipped = [0] + [row.get("skipped_updates", 0) for row in self.rows[-11:]]
+        steps = [after - before for before, after in itertools.pairwise(skipped)]
+        if len(steps) >= 10 and min(steps[-10:]) > 0:
             name = next((name for name in metrics if name not in finite), "a gradient")
             begin = self.rows[-10]["update"]
             fail(f"ten updates in a row were skipped: {name} is not finite since update {begin}", status=1)

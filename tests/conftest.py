@@ -1,5 +1,6 @@
 """What the tests share: tiny models made from configs, and scripts run in processes of their own."""
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import multiprocessing.connection
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,6 +88,24 @@ PAIRS = [entry.name for entry in ENTRIES if entry.data == "pairs"]
 TINY = (
     "--total-episodes 32 --batch-size 8 --response-length 12 --eval-every 2 --eval-size 7 --learning-rate 1e-3".split()
 )
+
+
+@functools.cache
+def few_pairs() -> str:
+    """A file with the example's first pairs: reading all of them takes seconds."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path = Path(folder, "preferences.jsonl")
+    lines = (EXAMPLE / "preferences.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:96]))
+    return str(path)
+
+
+def short_flags(script: str, response_length) -> list[str]:
+    """Flags of a run of seconds: few pairs, or short responses."""
+    if script in PAIRS:
+        return ["--dataset", few_pairs()]
+    return ["--response-length", str(response_length)]
 
 
 def fields_of(script: str) -> dict[str, dataclasses.Field]:

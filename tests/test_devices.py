@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EXAMPLE, PAIRS, SCRIPTS, read_metrics, run_here
+from conftest import EXAMPLE, PAIRS, SCRIPTS, read_metrics, run_here, short_flags
 from torch.overrides import TorchFunctionMode
 
 import common
@@ -153,11 +153,11 @@ def fake_device():
 
 
 FLAGS = "--batch-size 4 --total-episodes 8 --micro-batch-size 3 --eval-every 1 --eval-size 3".split()
-ROLLOUT_FLAGS = "--response-length 6 --max-prompt-length 12".split()
 
 
 def run_flags(script, folder) -> list:
-    own = [] if script in PAIRS else [*ROLLOUT_FLAGS]
+    own = short_flags(script, 6)
+    own += ["--max-prompt-length", "12"] if script not in PAIRS else []
     own += ["--gradient-checkpointing"] if script == "ppo" else []
     own += ["--gold-reward-function", EXAMPLE / "sentiment.py:reward"] if script == "dpo" else []
     return [*FLAGS, *own, *SCRIPTS[script].busy.split(), "--output-dir", folder]

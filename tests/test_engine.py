@@ -26,6 +26,7 @@ from conftest import (
     read_metrics,
     recorded_batches,
     script_environment,
+    short_flags,
     start_backend,
     tiny_model,
 )
@@ -290,8 +291,8 @@ FLAGS = "--batch-size 8 --eval-every 0 --lr-schedule constant --warmup-ratio 0 -
 
 def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
     entry = SCRIPTS[script]
-    length = "" if entry.data == "pairs" else "--response-length 8"
-    flags = f"{FLAGS} --total-episodes {entry.busy_episodes} {length} {entry.busy}"
+    short = " ".join(short_flags(script, 8))
+    flags = f"{FLAGS} --total-episodes {entry.busy_episodes} {short} {entry.busy}"
     flags += f" --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
     name = name or f"{script}-{stage}-{micro}-{rate}{more}"
     return dict(script=script, flags=[*flags.split(), "--output-dir", f"{folder}/{name}"], fixed=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, SCRIPTS, read_metrics, run_here
+from conftest import PAIRS, SCRIPTS, read_metrics, run_here, short_flags
 from safetensors.torch import load_file
 
 import common
@@ -29,8 +29,7 @@ class Seen:
 
 
 def with_flags(script, *flags) -> list:
-    length = [] if script in PAIRS else ["--response-length", "8"]
-    return [*FLAGS, *length, *SCRIPTS[script].one_step.split(), *flags]
+    return [*FLAGS, *short_flags(script, 8), *SCRIPTS[script].one_step.split(), *flags]
 
 
 def count_layers(model, seen):

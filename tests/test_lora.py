@@ -18,6 +18,7 @@ from conftest import (
     policy_of,
     run_here,
     script_environment,
+    short_flags,
     start_backend,
     tiny_model,
 )
@@ -172,9 +173,8 @@ def tiny_run(script, folder, *flags) -> None:
 
 def tiny_flags(script) -> list[str]:
     flags = list(TINY)
-    if script == "reward_model":
-        at = flags.index("--response-length")
-        del flags[at : at + 2]
+    at = flags.index("--response-length")
+    flags[at : at + 2] = short_flags(script, 12)
     return [*flags, *SCRIPTS[script].one_step.split()]
 
 

@@ -14,7 +14,6 @@ import time
 import pytest
 import torch
 from conftest import (
-    PAIRS,
     SCRIPTS,
     as_program,
     assert_ok,
@@ -24,6 +23,7 @@ from conftest import (
     read_metrics,
     run_script,
     script_environment,
+    short_flags,
     started,
     together,
     wait,
@@ -37,7 +37,7 @@ FLAGS = "--total-episodes 48 --batch-size 8 --eval-size 7 --eval-every 2 --save-
 
 def run_flags(script) -> list:
     more = dict(spr="--num-samples 3", spr_token="--num-samples 2 --value-epochs 1").get(script, "")  # several steps
-    return FLAGS if script in PAIRS else [*FLAGS, "--response-length", "12", *more.split()]
+    return [*FLAGS, *short_flags(script, 12), *more.split()]
 
 
 def latest(folder) -> int:
@@ -206,7 +206,7 @@ def test_a_launcher_and_its_ranks_are_signalled_together(tmp_path, number):
 def growth(folder, script, updates, *flags) -> list[dict]:
     """-> what the process held after each update."""
     flags = [*flags, "--total-episodes", 4 * updates, "--batch-size", "4", "--eval-size", "4"]
-    flags += [] if script in PAIRS else ["--response-length", "8"]
+    flags += short_flags(script, 8)
     flags += SCRIPTS[script].one_step.split()
     with started(measured, folder / "m.jsonl", f"{script}.py", [*flags, "--output-dir", folder / "r"]) as processes:
         assert wait(processes, 900) == 0, output_of(processes)

@@ -24,6 +24,7 @@ from conftest import (
     output_of,
     read_metrics,
     run_here,
+    short_flags,
     start_backend,
     started,
 )
@@ -385,19 +386,6 @@ def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatc
     assert len({*first, *other, *of_rank_1}) == 9
 
 
-ONE_STEP = "--num-epochs 1 --num-minibatches 1".split()
-RANKED = dict(
-    remax="--num-samples 2".split(),
-    reinforce=[],
-    ppo=ONE_STEP,
-    grpo=[*ONE_STEP, "--num-samples", "2"],
-    spr=[*ONE_STEP, "--num-samples", "2"],
-    spr_token=[*ONE_STEP, "--num-samples", "1", "--value-epochs", "1"],
-    reward_model="--max-prompt-length 64".split(),
-    dpo=[],
-)
-
-
 def numbers(folder) -> list[dict]:
     """The metrics that do not depend on the machine."""
     return [
@@ -411,13 +399,13 @@ def test_two_ranks_log_what_one_rank_logs(tmp_path):
 
     Two ranks do not divide the seven held-out rows, so that one of these is dealt out twice.
     """
-    assert RANKED.keys() == SCRIPTS.keys()
     cases = []
-    for script, own in RANKED.items():
+    for script, entry in SCRIPTS.items():
         flags = "--total-episodes 16 --batch-size 8 --eval-every 1 --eval-size 7 --learning-rate 1e-4".split()
-        if SCRIPTS[script].data == "prompts":
-            flags += ["--gold-reward-function", SENTIMENT, "--response-length", "12"]
-        cases.append(dict(script=script, flags=[*flags, *own, "--output-dir", tmp_path / "two" / script], fixed=True))
+        flags += [*short_flags(script, 12), *entry.one_step.split()]
+        if entry.data == "prompts":
+            flags += ["--gold-reward-function", SENTIMENT]
+        cases.append(dict(script=script, flags=[*flags, "--output-dir", tmp_path / "two" / script], fixed=True))
     found = forked(run_all, cases, ranks=2)
     assert [result["status"] for result in found] == [0] * len(cases)
     for case in cases:

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import EXAMPLE, PAIRS, SCRIPTS, logprobs_of, read_metrics, start_backend
+from conftest import EXAMPLE, PAIRS, SCRIPTS, logprobs_of, read_metrics, short_flags, start_backend
 from workers.script_worker import run
 
 import common
@@ -16,9 +16,8 @@ MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two 
 
 
 def run_flags(script, folder, updates, *more) -> list:
-    short = [] if script in PAIRS else ["--response-length", "6"]
-    own = SCRIPTS[script].one_step.split()
-    return [*FLAGS, "--total-episodes", 4 * updates, *short, *own, *more, "--output-dir", f"{folder}/r"]
+    own = [*short_flags(script, 6), *SCRIPTS[script].one_step.split()]
+    return [*FLAGS, "--total-episodes", 4 * updates, *own, *more, "--output-dir", f"{folder}/r"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
