@@ -101,11 +101,11 @@ def test_it_learns_from_any_folder_and_says_so(tmp_path):
 @pytest.mark.parametrize("launcher, zero_stage", [("torchrun", 0), ("deepspeed", 3)])
 def test_two_ranks(tmp_path, launcher, zero_stage):
     # Seven held-out prompts do not divide by two; responses end at different lengths on the two ranks.
-    flags = [*TINY, "--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
+    flags = [*TINY, "--total-episodes", 16, "--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
     result = launch("remax.py", *flags, ranks=2, launcher=launcher)
     assert_ok(result)
     rows = read_metrics(tmp_path / "r")
-    assert len(rows) == 5 and abs(rows[1]["kl"]) < 1e-5
+    assert len(rows) == 3 and abs(rows[1]["kl"]) < 1e-5
     assert result.stdout.count(", prompts: ") == 2  # rank 0 alone speaks
     assert_ok(run_script("remax.py", *TINY, "--total-episodes", 8, "--output-dir", tmp_path / "alone"))
     samples, alone = (rows_of(tmp_path / name / "samples.jsonl")[:7] for name in ("r", "alone"))
@@ -319,8 +319,9 @@ def test_rows_of_weight_0_are_not_computed_and_would_change_nothing(tmp_path, mo
     assert_equal_training(found["spr"]["weights"], found["all_rows"]["weights"], 1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage, dtype", [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")]
+)
 def test_each_iteration_is_a_fit_of_its_own(tmp_path, zero_stage, dtype):
     """Adam's moments are 0 before the first of its two steps, and the schedule begins anew."""
     flags = ["--zero-stage", zero_stage, "--dtype", dtype, "--total-episodes", 24, "--output-dir", tmp_path / "r"]
