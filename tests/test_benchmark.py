@@ -267,7 +267,8 @@ def test_means_have_the_spread_of_their_seeds_and_tables_are_markdown():
 def test_a_script_that_fails_is_told_and_makes_no_row(tmp_path):
     import tuned
 
-    run = rows.Run("rule", "remax", "remax.py", "--no-such-flag 1")
+    (tmp_path / "broken.py").write_text("raise SystemExit('error: no-such-flag')")
+    run = rows.Run("rule", "remax", f"{tmp_path}/broken.py", "--no-such-flag 1")
     for measure in (rows.run_script, tuned.measure):
         with pytest.raises(RuntimeError, match="no-such-flag"):
             measure(run, tmp_path)

@@ -117,7 +117,7 @@ def test_runs_with_samples_have_1024_prompts_by_default(tmp_path, monkeypatch):
     assert planned == [1024]
 
 
-@pytest.mark.parametrize("ranks, zero_stage", [(1, 0), (2, 2)])
+@pytest.mark.parametrize("ranks, zero_stage", [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_fine_tuning_goes_on_exactly_from_any_of_its_updates(tmp_path, data, ranks, zero_stage):
     """From a checkpoint after the third update: Adam's moments and the schedule are in their middle."""
     flags = [*FLAGS, *data, "--zero-stage", zero_stage, "--save-every", 3]

@@ -125,7 +125,7 @@ def test_without_these_flags_nothing_is_done_for_them(tmp_path, seen, script):
         assert engine.module.model.config._attn_implementation == "sdpa"
 
 
-BFLOAT16 = [("remax", 0), ("remax", 1), ("remax", 2), ("remax", 3), ("ppo", 2), ("spr_token", 0)]
+BFLOAT16 = [("remax", 0), ("remax", 1), ("remax", 3), ("ppo", 2), ("spr_token", 0)]
 
 
 @pytest.mark.parametrize("script, zero_stage", BFLOAT16)

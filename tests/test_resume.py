@@ -133,7 +133,14 @@ OTHERS = dict(
 )
 
 
-@pytest.mark.parametrize("script, how", OTHERS.items())
+# reinforce.py and grpo.py have the engines of remax.py, and are resumed like it in the slow tests.
+@pytest.mark.parametrize(
+    "script, how",
+    [
+        pytest.param(script, how, marks=pytest.mark.slow if script in ("reinforce", "grpo") else [])
+        for script, how in OTHERS.items()
+    ],
+)
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
@@ -156,7 +163,7 @@ def test_spr_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "spr", "in an update", ranks=2, zero_stage=2)
 
 
-@pytest.mark.parametrize("script, number", [("remax", signal.SIGTERM), ("spr", signal.SIGINT), ("ppo", signal.SIGTERM)])
+@pytest.mark.parametrize("script, number", [("remax", signal.SIGTERM), ("spr", signal.SIGINT)])
 def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, script, number):
     interrupted_and_resumed(tmp_path, script, number)
 

@@ -57,20 +57,20 @@ def learned(folder, rise: float) -> bool:
 
 
 def test_it_learns_from_any_folder_and_says_so(tmp_path):
-    flags = "--total-episodes 1280 --batch-size 32 --learning-rate 5e-4 --eval-every 20 --eval-size 32".split()
+    flags = "--total-episodes 768 --batch-size 32 --learning-rate 5e-4 --eval-every 12 --eval-size 32".split()
     result = launch("remax.py", *flags, *GOLD, cwd=tmp_path)
     assert_ok(result)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("remax__1__")
     rows = read_metrics(folder)
-    assert [row["update"] for row in rows] == list(range(41))
+    assert [row["update"] for row in rows] == list(range(25))
     for name, rise in (("reward", 1.5), ("gold_reward", 0.15)):
         assert mean(rows[-4:], name) > mean(rows[1:5], name) + rise
     first = rows[1]
     assert abs(first["kl"]) < 1e-5 and first["learning_rate"] == pytest.approx(5e-4 / 2)  # reference = policy at first
     assert rows[0]["eval_win_rate"] == 0.5 and rows[0]["eval_log_ratio"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["eval_win_rate"] > 0.6 and rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 1
-    assert rows[-1]["episodes"] == 1280 and rows[-1]["skipped_updates"] == 0
+    assert rows[-1]["episodes"] == 768 and rows[-1]["skipped_updates"] == 0
     assert first["entropy"] > 0 and 0 <= first["truncated_fraction"] <= 1 and first["peak_memory_bytes"] > 1e8
 
     # The console: clean, and its last lines tell what was learned and where it is.
@@ -92,13 +92,15 @@ def test_it_learns_from_any_folder_and_says_so(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len({path.stat().st_mode for path in (folder / "policy").iterdir()}) == 1  # others may read the weights, too
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    last = [row for row in samples if row["update"] == 40][0]
+    last = [row for row in samples if row["update"] == 24][0]
     ids = tokenizer(last["prompt"], return_tensors="pt")
     tokens = model.generate(**ids, do_sample=False, max_new_tokens=48, pad_token_id=1)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == last["response"]
 
 
-@pytest.mark.parametrize("launcher, zero_stage", [("torchrun", 0), ("deepspeed", 3)])
+@pytest.mark.parametrize(
+    "launcher, zero_stage", [("torchrun", 3), pytest.param("deepspeed", 0, marks=pytest.mark.slow)]
+)
 def test_two_ranks(tmp_path, launcher, zero_stage):
     # Seven held-out prompts do not divide by two; responses end at different lengths on the two ranks.
     flags = [*TINY, "--total-episodes", 16, "--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
@@ -113,10 +115,14 @@ def test_two_ranks(tmp_path, launcher, zero_stage):
 
 
 def test_a_failure_on_one_rank_ends_all(tmp_path):
-    code = "import os\ndef reward(prompts, responses, **columns):\n    return [1 / int(os.environ['RANK'])] * 16\n"
+    code = """
+import os
+def reward(prompts, responses, **columns):
+    return [1 / int(os.environ["RANK"]) for prompt in prompts]
+"""
     (tmp_path / "f.py").write_text(code)
     flags = ("--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r")
-    result = launch("remax.py", *TINY, *flags, ranks=2)
+    result = launch("remax.py", *TINY, *flags, ranks=2, launcher="deepspeed")
     assert result.returncode != 0 and "f.py:reward raised ZeroDivisionError" in result.stderr
 
 
