@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # the tests' own process computes like the others
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' own process computes like the others
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
