@@ -511,7 +511,10 @@ class Reward:
 
     def score(self, prompts: list[Prompt], texts: list[str]):
         """-> scores_B, float32: one finite number per response, without the penalty."""
-        scores_B = self.function_scores(prompts, texts) if self.function else self.model_scores(prompts, texts)
+        if self.function:
+            scores_B = call_function(self.function, self.name, prompts, texts)
+        else:
+            scores_B = self.model_scores(prompts, texts)
         if len(scores_B) != len(prompts):
             fail(f"{self.name} returned {len(scores_B)} rewards for {len(prompts)} responses", status=1)
         usable_B = scores_B.abs() < torch.finfo(torch.float32).max  # false for NaN, too
@@ -531,44 +534,6 @@ class Reward:
         for rows, _ in micro_batches(lengths_B, self.micro_batch_size):
             scores_B[rows] = scores(scorer, [ids[i] for i in rows], self.backend.device)
         return scores_B
-
-    def function_scores(self, prompts: list[Prompt], texts: list[str]):
-        """-> scores_B, float64, so that a number that float32 does not have can be told.
-
-        The function gets copies of everything: what it changes stays with it.
-        """
-        columns = function_columns(prompts)
-        with users_code(self.name, f" (columns: {', '.join(columns) or 'none'})"):
-            found = self.function([prompt.text for prompt in prompts], list(texts), **columns)
-            if isinstance(found, Iterator):  # such as a generator, which runs only now
-                found = list(found)
-        try:
-            return torch.tensor(as_floats(found), dtype=torch.float64)
-        except OverflowError:
-            fail(f"{self.name} returned a whole number that is too large for a float", status=1)
-        except (TypeError, ValueError, RuntimeError):
-            words = " ".join(str(found).split())[:80]  # one line; tensors print several
-            fail(f"{self.name} returned {words}; expected a number for each response", status=1)
-
-
-def reward_model_ids(tokenizer, prompt: Prompt, response, max_length=None) -> list[int]:
-    """The ids that a reward model reads, in training and in scoring.
-
-    They are cut on the left: to `max_length`, or without it by what the prompt has lost.
-
-    Without a chat template: prompt + response as one text, then EOS. A chat goes through the reward model's own
-    template, if it has one, which ends the response in its own way.
-    """
-    if prompt.messages and tokenizer.chat_template:
-        messages = [*prompt.messages, dict(role="assistant", content=response)]
-        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
-    else:
-        ids = encode(tokenizer, prompt.text + response)
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-    if max_length is None:
-        max_length = len(ids) - prompt.num_cut
-    return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
 # ---------------------------------------------------------------- 5. The update
@@ -591,11 +556,8 @@ def train_engine(module, backend, max_grad_norm):
     dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, for hours
     zero = dict(stage=backend.zero_stage)
     if backend.offload:
+        tell_offload(module, backend)
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
-        # Measured: float32 weights, Adam's two moments and gradients (16), and two copies in the model's type (4).
-        num_bytes = 20 * sum(weight.numel() for weight in module.parameters())
-        pinned = "; pinned memory grows in powers of two" if backend.device.type == "cuda" else ""
-        print(f"Offload: a trained model takes {gib(num_bytes)} of CPU memory, over all ranks{pinned}")
     # In bfloat16 the sum of many micro-batches' gradients would be rounded at each of them. ZeRO-0 cannot avoid that.
     adds_in_float32 = backend.dtype == "bfloat16" and backend.zero_stage > 0
     if backend.gradient_checkpointing:
@@ -621,13 +583,6 @@ def train_engine(module, backend, max_grad_norm):
         engine.enable_backward_allreduce = False
     reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
     return engine
-
-
-def drop_frozen(module, weights, prefix, _):
-    """Takes frozen weights out of a state_dict; DeepSpeed would keep the second name of a tied one."""
-    for name, weight in module.named_parameters(prefix=prefix.removesuffix("."), remove_duplicate=False):
-        if not weight.requires_grad:
-            weights.pop(name, None)
 
 
 def backward(engine, loss, is_last):
@@ -675,14 +630,6 @@ def reset_optimizer(engine):
     for state in engine.basic_optimizer.state.values():
         for value in state.values():
             value.zero_()
-
-
-@contextlib.contextmanager
-def gathered(engine) -> Iterator[None]:
-    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
-    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
 
 
 # ---------------------------------------------------------------- 6. Evaluation
@@ -905,6 +852,13 @@ def same_weights(model):
     for thing in (*model.parameters(), *model.buffers(), model.config):
         shared[id(thing)] = thing  # deepcopy takes what it finds here as already copied
     return copy.deepcopy(model, shared).eval()
+
+
+def tell_offload(module, backend):
+    # Measured: float32 weights, Adam's two moments and gradients (16), and two copies in the model's type (4).
+    num_bytes = 20 * sum(weight.numel() for weight in module.parameters())
+    pinned = "; pinned memory grows in powers of two" if backend.device.type == "cuda" else ""
+    print(f"Offload: a trained model takes {gib(num_bytes)} of CPU memory, over all ranks{pinned}")
 
 
 def freeze(module, backend) -> nn.Module:
@@ -1202,6 +1156,21 @@ def save_adapter(model, folder):
 # A run of days must not end in a folder that nobody can load, so what was saved is read again and compared.
 
 
+def drop_frozen(module, weights, prefix, _):
+    """Takes frozen weights out of a state_dict; DeepSpeed would keep the second name of a tied one."""
+    for name, weight in module.named_parameters(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        if not weight.requires_grad:
+            weights.pop(name, None)
+
+
+@contextlib.contextmanager
+def gathered(engine) -> Iterator[None]:
+    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
+    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
 def save_and_check(engine, tokenizer, folder, backend):
     """A plain Hugging Face folder from any ZeRO stage, which is read again: it must hold every trained weight."""
     with gathered(engine):
@@ -1298,6 +1267,25 @@ def users_code(spec, note="") -> Iterator[None]:
                 torch.set_default_device(device)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def call_function(function, name, prompts: list[Prompt], texts: list[str]):
+    """-> scores_B, float64, so that a number that float32 does not have can be told.
+
+    The function gets copies of everything: what it changes stays with it.
+    """
+    columns = function_columns(prompts)
+    with users_code(name, f" (columns: {', '.join(columns) or 'none'})"):
+        found = function([prompt.text for prompt in prompts], list(texts), **columns)
+        if isinstance(found, Iterator):  # such as a generator, which runs only now
+            found = list(found)
+    try:
+        return torch.tensor(as_floats(found), dtype=torch.float64)
+    except OverflowError:
+        fail(f"{name} returned a whole number that is too large for a float", status=1)
+    except (TypeError, ValueError, RuntimeError):
+        words = " ".join(str(found).split())[:80]  # one line; tensors print several
+        fail(f"{name} returned {words}; expected a number for each response", status=1)
 
 
 def function_columns(prompts: list[Prompt]) -> dict[str, list]:
@@ -1642,6 +1630,26 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
         reason = "since the chat template would change them"
         print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")
     return rows
+
+
+def reward_model_ids(tokenizer, prompt: Prompt, response, max_length=None) -> list[int]:
+    """The ids that a reward model reads, in training and in scoring.
+
+    They are cut on the left: to `max_length`, or without it by what the prompt has lost.
+
+    Without a chat template: prompt + response as one text, then EOS. A chat goes through the reward model's own
+    template, if it has one, which ends the response in its own way.
+    """
+    if prompt.messages and tokenizer.chat_template:
+        messages = [*prompt.messages, dict(role="assistant", content=response)]
+        ids = encode(tokenizer, chat_text(tokenizer, messages, tokenizer.name_or_path), add_special_tokens=False)
+    else:
+        ids = encode(tokenizer, prompt.text + response)
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+    if max_length is None:
+        max_length = len(ids) - prompt.num_cut
+    return cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
 def encode_response(tokenizer, text) -> list[int]:

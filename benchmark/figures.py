@@ -26,13 +26,19 @@ NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
 # Label, colour, line and marker of each method of tuned.py.
 METHODS = {
     "reinforce": ("REINFORCE", "#999999", ":", "o"),
+    "reinforce, normalised": ("REINFORCE, normalised", "#999999", "-", "p"),
     "rloo, N = 4": ("RLOO, N = 4", "#59a14f", "-", "s"),
     "remax": ("ReMax", "#c0182a", "-", "o"),
     "remax, N = 3": ("ReMax, N = 3", "#c0182a", "--", "v"),
     "remax, fitted": ("ReMax, fitted baseline", "#f28e2b", "-", "^"),
+    "remax, LoRA rank 1": ("ReMax, LoRA rank 1", "#e8838d", ":", "<"),
+    "remax, LoRA rank 8": ("ReMax, LoRA rank 8", "#e8838d", "-", ">"),
+    "grpo": ("GRPO, N = 8", "#8c6d31", "-", "h"),
+    "dr-grpo": ("Dr. GRPO, N = 8", "#8c6d31", "--", "H"),
     "ppo, 1 epoch": ("PPO, 1 epoch", "#2f5fa8", "--", "D"),
     "ppo, 4 epochs": ("PPO, 4 epochs", "#2f5fa8", "-", "D"),
     "spr": ("SPR", "#6a2c91", "-", "P"),
+    "spr, token level": ("SPR, Algorithm 1", "#6a2c91", ":", "d"),
     "best-of-n": ("Best-of-N", "#b59ac9", "--", "X"),
     "dpo": ("DPO", "#000000", "-", "*"),
 }
@@ -165,6 +171,24 @@ def frontier(task: str, gold: str):
     spread = f"mean of {seeds} seeds, at the end with standard deviation"
     figure.suptitle(f"Each method at its best learning rate, 6,400 generated responses; {spread}", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
+    return figure
+
+
+def envelopes(task: str, gold: str):
+    """Gold reward against KL at the ends of all tuning runs, and each method's upper envelope."""
+    results = read("tuned.jsonl")
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for method, (label, colour, line, marker) in METHODS.items():
+        upper = tuned.envelope(results, task, method)
+        if upper:
+            x = [end["kl"] for end in upper]
+            y = [end["gold"] for end in upper]
+            axis.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.3, label=label)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlabel("KL to the initial policy, nats per response", fontsize=9)
+    axis.set_ylabel(f"{gold}, sampled responses", fontsize=9)
+    axis.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc="outside right center", frameon=False)
     return figure
 
 

@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 UPDATES = (0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50, 100)  # after which a path is measured, where an update is a step
+KL_LIMITS = (2, 5, 10, 20)  # nats, of the table of envelopes
 ITERATIVE = ("spr.py", "spr_token.py", "dpo.py")  # few evaluations: all are measured
 
 
@@ -241,11 +242,37 @@ def table(results, task) -> str:
     return markdown_table(["method", *columns.values(), "gold − ReMax's, at equal KL", *flags.values()], lines)
 
 
+def envelope(results: list[dict], task: str, method: str) -> list[dict]:
+    """The ends of the method's tuning runs that no nearer one surpasses in gold reward, from the nearest on."""
+    ends = [row for row in results if row["tuning"] and (row["task"], row["method"]) == (task, method)]
+    upper = []
+    for end in sorted((end for end in ends if "failed" not in end), key=lambda end: end["kl"]):
+        if not upper or end["gold"] > upper[-1]["gold"]:
+            upper.append(end)
+    return upper
+
+
+def envelope_table(results: list[dict], task: str) -> str:
+    """The highest gold reward of a tuning run that ended at no more than so many nats, and the number of runs."""
+    lines = []
+    for method in METHODS:
+        upper = envelope(results, task, method)
+        cells = []
+        for limit in KL_LIMITS:
+            golds = [end["gold"] for end in upper if end["kl"] <= limit]
+            cells.append(f"{golds[-1]:.2f}" if golds else "–")
+        num_runs = sum(row["tuning"] and (row["task"], row["method"]) == (task, method) for row in results)
+        if upper:
+            lines.append([method, *cells, str(num_runs)])
+    return markdown_table(["method", *(f"≤ {limit} nats" for limit in KL_LIMITS), "runs"], lines)
+
+
 def main() -> None:
     args = tyro.cli(Args)
     if args.table:
         results = read_rows(args.results)
-        print("\n\n".join(f"{task}\n\n{table(results, task)}" for task in args.tasks))
+        for task in args.tasks:
+            print(f"{task}\n\n{table(results, task)}\n\n{envelope_table(results, task)}\n")
         return
     for task in args.tasks:
         if not (ROOT / TASKS[task].held_out).exists():

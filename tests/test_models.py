@@ -154,6 +154,20 @@ def test_two_updates_and_a_saved_model(kind, tmp_path):
     check(tmp_path / "r" / "policy")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*WORKING, *NEEDS_EAGER])
+def test_two_updates_with_adapters_and_a_saved_model(kind, tmp_path):
+    fields = (WORKING | NEEDS_EAGER)[kind]
+    folder = make_model(kind, fields, tmp_path / kind)
+    attention = "eager" if kind in NEEDS_EAGER else "sdpa"
+    flags = [*UPDATES.split(), "--lora-rank", 4, "--attention", attention, "--learning-rate", 0.01]
+    assert run_here("remax", *flags, "--model", folder, *EXAMPLE_DATA, "--output-dir", tmp_path / "r") == 0
+    rows = read_metrics(tmp_path / "r")
+    assert rows[2]["grad_norm"] > 0 and rows[0]["eval_log_ratio"] == pytest.approx(0, abs=1e-5)
+    assert abs(rows[2]["eval_log_ratio"]) > 1e-4
+    check(tmp_path / "r" / "policy", attention)
+
+
 @pytest.mark.parametrize("kind", ["bloom", "gptj"])
 def test_eager_attention_to_the_end(kind, tmp_path, capsys):
     """M2: the final check reads the model with the attention that it was trained with."""
