@@ -399,7 +399,7 @@ def allocated(**flags) -> tuple[int, int, int]:
     return parameters, max(totals), at_step
 
 
-@pytest.mark.parametrize("dtype, zero_stage", [("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3), ("float32", 0)])
+@pytest.mark.parametrize("dtype, zero_stage", [("float32", 0), ("bfloat16", 2), ("bfloat16", 3)])
 def test_the_arithmetic_of_memory_is_what_a_training_allocates(dtype, zero_stage):
     import memory
 

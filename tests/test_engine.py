@@ -211,9 +211,8 @@ def test_a_frozen_model_computes_the_same_wherever_it_lies(zero_stage, offload):
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied and untied embeddings
+@pytest.mark.parametrize("kind, dtype", [("gpt2", "float32"), ("llama", "bfloat16")])  # tied and untied embeddings
 @pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_models_are_what_was_trained(tmp_path, tokenizer, kind, zero_stage, dtype):
     ids = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)
     engine = trained(tiny_model(kind, **ids), 3, 1e-2, zero_stage=zero_stage, dtype=dtype)
@@ -284,7 +283,7 @@ def test_learning_rate_schedules():
 
 # ---------------------------------------------------------------- The scripts
 
-FLAGS = "--batch-size 8 --eval-every 0 --lr-schedule constant --warmup-ratio 0 --max-grad-norm 1"
+FLAGS = "--batch-size 8 --eval-every 5 --eval-size 7 --lr-schedule constant --warmup-ratio 0 --max-grad-norm 1"
 
 
 def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
@@ -292,16 +291,26 @@ def case(script, folder, stage, micro, rate="1e-3", more="", name=None):
     short = " ".join(short_flags(script, 8))
     flags = f"{FLAGS} --total-episodes {entry.busy_episodes} {short} {entry.busy}"
     flags += f" --zero-stage {stage} --micro-batch-size {micro} --learning-rate {rate} {more}"
+    if entry.data == "prompts":
+        flags += f" --gold-reward-function {EXAMPLE / 'sentiment.py'}:reward"
     name = name or f"{script}-{stage}-{micro}-{rate}{more}"
     return dict(script=script, flags=[*flags.split(), "--output-dir", f"{folder}/{name}"], fixed=True)
 
 
 def assert_same_training(found, expected, rate="1e-3"):
-    """Gradients of all steps agree to a relative 1e-5, and the weights."""
+    """Gradients of all steps agree to a relative 1e-5, and so do the weights; metrics to a relative 1e-3.
+
+    Seven held-out rows do not divide by two ranks, so one of them is dealt out twice.
+    """
     assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 4
     for new, old in zip(found["gradients"], expected["gradients"]):
         assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
     assert_equal_training(found["weights"], expected["weights"], float(rate))
+    assert len(found["metrics"]) == len(expected["metrics"])
+    for new, old in zip(found["metrics"], expected["metrics"]):
+        if old.get("margin") == pytest.approx(0, abs=1e-6):  # DPO's first ones: rounding decides the accuracy
+            new, old = new | dict(accuracy=None), old | dict(accuracy=None)
+        assert new == pytest.approx(old, rel=1e-3, abs=1e-4)
 
 
 @functools.cache
@@ -325,7 +334,7 @@ def test_two_ranks_equal_one(tmp_path, offload):
 def test_two_ranks_equal_one_with_adapters(tmp_path):
     """The value model of ppo.py trains adapters and a whole head."""
     expected = run(**case("ppo", tmp_path / "one", 0, 16, more="--lora-rank 2"))
-    cases = [case("ppo", tmp_path / "two", stage, 3, more="--lora-rank 2") for stage in (0, 1, 2)]
+    cases = [case("ppo", tmp_path / "two", stage, 3, more="--lora-rank 2") for stage in (0, 2)]
     for found in forked(run_all, cases, ranks=2):
         assert_same_training(found, expected)
 
@@ -353,9 +362,9 @@ def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformer
         ids = torch.tensor([prompt + response + [tokenizer.eos_token_id]])
         with torch.no_grad():
             total += policy(ids, labels=labels).loss.item() * (len(response) + 1)
-    metrics = read_metrics(tmp_path / "one")
-    assert len(rows) == 8 and metrics[0]["loss"] == pytest.approx(total / 8, rel=1e-4)
-    assert not {"reward", "best_reward", "weighted_reward"} & metrics[0].keys()
+    first = read_metrics(tmp_path / "one")[1]  # after an evaluation of the initial policy
+    assert len(rows) == 8 and first["loss"] == pytest.approx(total / 8, rel=1e-4)
+    assert not {"reward", "best_reward", "weighted_reward"} & first.keys()
 
 
 @pytest.mark.slow

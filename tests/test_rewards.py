@@ -190,7 +190,7 @@ def without_timing(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith(("seconds", "peak", "tokens"))}
 
 
-@pytest.mark.parametrize("script", [name for name in SMALL if name != "spr_token"])  # whose rewards are those of spr.py
+@pytest.mark.parametrize("script", ["remax", "spr", "dpo"])
 def test_training_does_not_depend_on_a_function_s_random_numbers(tmp_path, script):
     """Through each script: twice the same rewards, once from a file that seeds and draws."""
     quiet = "def reward(prompts, responses, **columns):\n    return [float(len(set(text))) for text in responses]\n"

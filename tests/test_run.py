@@ -20,15 +20,11 @@ from conftest import (
     ROOT,
     SCRIPTS,
     as_program,
-    forked,
     output_of,
-    read_metrics,
     run_here,
-    short_flags,
     start_backend,
     started,
 )
-from workers.script_worker import run, run_all
 
 import common
 import remax
@@ -345,7 +341,7 @@ def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
 
 
 SEEDED = [
-    pytest.param(script, marks=pytest.mark.slow if script in ("spr", "spr_token") else [])
+    pytest.param(script, marks=[] if script in ("remax", "ppo") else pytest.mark.slow)
     for script in SCRIPTS
     if script not in PAIRS
 ]
@@ -384,40 +380,6 @@ def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatc
     first, again, other, of_rank_1 = texts[:3], texts[3:6], texts[6:9], texts[9:]
     assert first == again
     assert len({*first, *other, *of_rank_1}) == 9
-
-
-def numbers(folder) -> list[dict]:
-    """The metrics that do not depend on the machine."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("seconds", "peak", "tokens"))}
-        for row in read_metrics(folder)
-    ]
-
-
-def test_two_ranks_log_what_one_rank_logs(tmp_path):
-    """Responses depend on prompt and update alone, so the two runs differ in who computes what.
-
-    Two ranks do not divide the seven held-out rows, so that one of these is dealt out twice.
-    """
-    cases = []
-    for script, entry in SCRIPTS.items():
-        flags = "--total-episodes 16 --batch-size 8 --eval-every 1 --eval-size 7 --learning-rate 1e-4".split()
-        flags += [*short_flags(script, 12), *entry.one_step.split()]
-        if entry.data == "prompts":
-            flags += ["--gold-reward-function", SENTIMENT]
-        cases.append(dict(script=script, flags=[*flags, "--output-dir", tmp_path / "two" / script], fixed=True))
-    found = forked(run_all, cases, ranks=2)
-    assert [result["status"] for result in found] == [0] * len(cases)
-    for case in cases:
-        folder = tmp_path / "one" / case["script"]
-        assert run(case["script"], [*case["flags"][:-1], folder], fixed=True)["status"] == 0
-        one, two = numbers(folder), numbers(case["flags"][-1])
-        if case["script"] == "dpo":  # before the first step margins are 0: rounding decides the accuracy
-            one[1].pop("accuracy")
-            two[1].pop("accuracy")
-        assert len(one) == len(two) == 3
-        for row, other in zip(one, two):
-            assert other == pytest.approx(row, rel=1e-3, abs=1e-4), case["script"]
 
 
 def test_a_clock_s_laps_are_metrics():

@@ -13,6 +13,8 @@ import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
 MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two engines like ppo.py: to save time
+# The policy gradients differ from remax.py in nothing that matters here: theirs are slow tests.
+EACH = [pytest.param(s, marks=pytest.mark.slow if s in ("reinforce", "grpo") else []) for s in SCRIPTS]
 
 
 def run_flags(script, folder, updates, *more) -> list:
@@ -20,7 +22,7 @@ def run_flags(script, folder, updates, *more) -> list:
     return [*FLAGS, "--total-episodes", 4 * updates, *own, *more, "--output-dir", f"{folder}/r"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EACH)
 def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script):
     found = run(script, run_flags(script, tmp_path, 4), poisoned=((2, 3), "loss"))
     rows = read_metrics(tmp_path / "r")
@@ -30,7 +32,7 @@ def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script
     assert all(weights.isfinite().all() for weights in found["weights"].values())
 
 
-@pytest.mark.parametrize("script, how", [*((script, "loss") for script in MOST), ("remax", "gradient")])
+@pytest.mark.parametrize("script, how", [("remax", "gradient"), ("ppo", "loss"), ("spr", "loss"), ("dpo", "loss")])
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
     found = run(script, run_flags(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
@@ -39,7 +41,7 @@ def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, c
     assert len(read_metrics(tmp_path / "r")) == 12
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EACH)
 def test_a_model_that_has_diverged_ends_the_run_with_a_line(tmp_path, capsys, script):
     assert run(script, run_flags(script, tmp_path, 4, "--learning-rate", "1e30"))["status"] == 1
     err = capsys.readouterr().err

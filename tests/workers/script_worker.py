@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import importlib
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from conftest import run_here
+from conftest import read_metrics, run_here
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from workers.engine_worker import POISONS
@@ -37,11 +38,12 @@ def fixed_responses(update):
 
 
 def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=False) -> dict:
-    """main() of a script -> its exit status, what each optimizer step saw, and its last weights.
+    """main() of a script -> its exit status, what each optimizer step saw, its last weights, and its metrics.
 
     `gradients`: one flat tensor per step; `moments`: the sum of the sizes of Adam's moments before the step.
-    `fixed`: the responses do not depend on the policy. `poisoned`: (updates, how): in these the last rank's losses or
-    gradients are not finite. `spoiled`: one of the saved weights is not quite the trained one.
+    `metrics`: those that do not depend on the machine. `fixed`: the responses do not depend on the policy.
+    `poisoned`: (updates, how): in these the last rank's losses or gradients are not finite. `spoiled`: one of the saved
+    weights is not quite the trained one.
     """
     module, update = importlib.import_module(script), 0
     seen = dict(gradients=[], moments=[], weights={})
@@ -90,7 +92,18 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
         for name, loss in [(name, value) for name, value in vars(module).items() if name in LOSSES]:
             stack.enter_context(patch.object(module, name, functools.partial(poisoned_loss, loss)))
         seen["status"] = run_here(script, *flags)
+    if "--output-dir" in flags:
+        seen["metrics"] = metrics_of_any_machine(flags[flags.index("--output-dir") + 1])
     return seen
+
+
+def metrics_of_any_machine(folder) -> list[dict]:
+    """A run's metrics without times and memory."""
+    rows = read_metrics(folder) if Path(folder, "metrics.jsonl").exists() else []
+    kept = []
+    for row in rows:
+        kept.append({name: value for name, value in row.items() if not name.startswith(("seconds", "peak", "tokens"))})
+    return kept
 
 
 def run_all(cases: list[dict]) -> list[dict]:
