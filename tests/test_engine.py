@@ -417,8 +417,9 @@ def reward(prompts, responses, **columns):
     return [float(len(text)) for text in responses]
 """
     (tmp_path / "f.py").write_text(code)
-    flags = [*FLAGS.split(), "--total-episodes", "40", "--response-length", "8", "--zero-stage", zero_stage]
-    flags += ["--output-dir", tmp_path / "r", "--reward-function", f"{tmp_path}/f.py:reward"]
+    flags = [*FLAGS.split(), "--eval-every", "0", "--total-episodes", "40", "--response-length", "8"]
+    flags += ["--zero-stage", zero_stage, "--output-dir", tmp_path / "r"]
+    flags += ["--reward-function", f"{tmp_path}/f.py:reward"]
     result = launch("remax.py", *flags, ranks=2)
     assert result.returncode == 1 and time.time() - (tmp_path / "died").stat().st_mtime < 60
     assert ("f.py:reward raised: KeyError" if "raise" in end else "SIGKILL") in result.stderr
