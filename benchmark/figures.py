@@ -176,7 +176,7 @@ def frontier(task: str, gold: str):
 
 def envelopes(task: str, gold: str):
     """Gold reward against KL at the ends of all tuning runs, and each method's upper envelope."""
-    results = read("tuned.jsonl")
+    results = read("restraints.jsonl")
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for method, (label, colour, line, marker) in METHODS.items():
         upper = tuned.envelope(results, task, method)

@@ -8,8 +8,9 @@ The rules are in benchmark/README.md. `tuning` runs each method's grid as choice
 settings on fresh seeds; a run whose row is there is not repeated, so a stopped program goes on where it was. In the
 background: `nohup nice -n 19 python benchmark/tuned.py --stage tuning > tuned.log &`. At each evaluation the run's
 policy gives two samples to each of the task's held-out prompts: gold reward, reward, win rate and KL to the initial
-policy are measured on these, in the same way for all methods. Rows go to benchmark/results/tuned.jsonl; their script
-and flags repeat the training (the folders in runs/benchmark that some flags name are made when a run needs them).
+policy are measured on these, in the same way for all methods. Rows go to benchmark/results/restraints.jsonl; their
+script and flags repeat the training (the folders in runs/benchmark that some flags name are made when a run needs
+them). tuned.jsonl has the rows of the round before, in which the KL coefficient was not tuned.
 """
 
 import itertools
@@ -50,7 +51,7 @@ class Args:
     """Runs at a time, of one thread each."""
     table: bool = False
     """Run nothing, print the table of the final rows."""
-    results: Path = RESULTS / "tuned.jsonl"
+    results: Path = RESULTS / "restraints.jsonl"
     """File that the results are appended to."""
 
 
