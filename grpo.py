@@ -92,7 +92,7 @@ class Args:
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: PositiveFloat = 7e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
@@ -118,7 +118,7 @@ class Args:
     """Sampled responses per prompt; an update samples --batch-size times this."""
     variant: Literal["grpo", "dr-grpo"] = "grpo"
     """dr-grpo does not divide advantages by their standard deviation, nor losses by the response's length."""
-    beta: NonNegativeFloat = 0.04
+    beta: NonNegativeFloat = 0.2
     """Weight of the KL penalty against the initial policy, which is in the loss: advantage per nat."""
     num_epochs: PositiveInt = 1
     """Passes over the responses of an update."""

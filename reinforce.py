@@ -92,7 +92,7 @@ class Args:
     """Prompts per update, over all ranks."""
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: PositiveFloat = 7e-4
     """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
@@ -100,7 +100,7 @@ class Args:
     """Share of the schedule in which the learning rate rises from 0 to its peak."""
     max_grad_norm: PositiveFloat = 50.0
     """Clip the gradient norm to this; where a loss sums over a response's tokens, norms grow with its length."""
-    kl_coef: NonNegativeFloat = 0.05
+    kl_coef: NonNegativeFloat = 0.2
     """Weight of the KL penalty against the initial policy, in reward units per nat."""
     gamma: Fraction = 1.0
     """Discount per token."""
