@@ -1080,7 +1080,8 @@ def with_adapters(model, rank):
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
     torch.manual_seed(0)  # every rank of the run begins with the same adapters
-    with warnings.catch_warnings(action="ignore"):  # that GPT-2's matrices lie transposed; peft sees to it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns that GPT-2's matrices lie transposed, and sees to it
         # Not PeftModel, which would hide base_model. Where peft sees a model's config it wraps some models' experts,
         # in another way than linear layers; the container has none.
         peft.inject_adapter_in_model(config, nn.Sequential(adapted))
@@ -2042,8 +2043,11 @@ def input_digests(flags: dict) -> dict[str, str]:
     for path in paths:
         for file in [path, *sorted(path.rglob("*"))]:
             if file.is_file() and file.suffix != ".md" and ".git" not in file.parts:
+                digest = hashlib.sha256()
                 with open(file, "rb") as content:
-                    digests[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+                    while block := content.read(2**20):
+                        digest.update(block)
+                digests[str(file)] = digest.hexdigest()
     return digests
 
 

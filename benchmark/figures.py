@@ -104,18 +104,22 @@ def memory():
 
 
 def first_run():
-    """Reward and gold reward in the README's first command, of sampled responses and of greedy held-out ones."""
-    rows = read("first_run.jsonl")[0]["metrics"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    """Rewards of sampled responses in the README's first command and without a KL penalty: mean and range of seeds."""
+    styles = {"remax": ("default", "#000000", "-"), "remax, no KL penalty": ("--kl-coef 0", "#9a6a2f", "--")}
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
     titles = dict(reward="reward, which is trained on", gold_reward="gold reward, the truth")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        sampled = [(row["episodes"], row[name]) for row in rows if name in row]
-        greedy = [(row["episodes"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
-        axis.plot(*zip(*sampled), color="#4878cf", linewidth=1, label="sampled responses")
-        axis.plot(*zip(*greedy), "o-", color="#d65f5f", linewidth=1, label="greedy responses to held-out prompts")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("prompts", fontsize=8)
-    axes[0].legend(fontsize=7)
+        for method, (label, colour, line) in styles.items():
+            curves = [row["curves"][name][1:] for row in read("first_run.jsonl") if row["method"] == method]
+            smooth = [[statistics.fmean(curve[i : i + 5]) for i in range(0, 100, 5)] for curve in curves]
+            seeds = list(zip(*smooth, strict=True))
+            updates = range(3, 100, 5)
+            axis.plot(updates, [statistics.fmean(values) for values in seeds], line, color=colour, label=label)
+            low, high = [min(values) for values in seeds], [max(values) for values in seeds]
+            axis.fill_between(updates, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("updates", fontsize=9)
+    axes[0].legend(fontsize=9, frameon=False)
     return figure
 
 

@@ -58,14 +58,19 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
 
 
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
-    rows = json.loads((ROOT / "benchmark/results/first_run.jsonl").read_text())["metrics"]
-    assert list(common.troubles(rows)) == ["gold"]
-    assert "eval_gold_reward fell from 0.64 to 0.42 since update 50" in common.troubles(rows)["gold"]
-    assert common.troubles([*rows[:-1], rows[-1] | dict(eval_reward=0.0)]) == {}  # the reward fell, too
-    blind = [{name: value for name, value in row.items() if "gold" not in name} for row in rows]
-    assert not any(
-        common.troubles(blind[:end]) for end in range(1, len(blind) + 1)
-    )  # no false alarm in the default run
+    """The first run without a KL penalty is gamed, and the default run is not."""
+    lines = (ROOT / "benchmark/results/first_run.jsonl").read_text().splitlines()
+    gamed = 0
+    for row in map(json.loads, lines):
+        updates = zip(*row["curves"].values())
+        rows = [dict(zip(row["curves"], values), update=update) for update, values in enumerate(updates)]
+        rows = [{name: value for name, value in values.items() if value is not None} for values in rows]
+        warned = {name for end in range(1, len(rows) + 1) for name in common.troubles(rows[:end])}
+        assert ("gold" in warned) == ("update" in row["sentence"]), row["flags"]
+        gamed += "gold" in warned
+        blind = [{name: value for name, value in values.items() if "gold" not in name} for values in rows]
+        assert not any("gold" in common.troubles(blind[:end]) for end in range(1, len(blind) + 1))
+    assert gamed >= 4
 
 
 def test_a_destroyed_policy_is_not_reported_as_a_success(tmp_path, capsys):
