@@ -57,20 +57,29 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
         assert common.troubles([*rows_of(**changes)[:2], *rows_of()[:1]]) == {}  # one bad update is none
 
 
+def warnings_of(row, but=()) -> set[str]:
+    """The names of all troubles in the course of a run, from its curves."""
+    curves = {name: values for name, values in row["curves"].items() if name not in but}
+    rows = []
+    for update, values in enumerate(zip(*curves.values())):
+        metrics = dict(zip(curves, values), update=update)
+        rows.append({name: value for name, value in metrics.items() if value is not None})
+    return {name for end in range(1, len(rows) + 1) for name in common.troubles(rows[:end])}
+
+
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
-    """The first run without a KL penalty is gamed, and the default run is not."""
+    """The first run is not gamed; without its KL penalty it is, on four of five seeds or more."""
     lines = (ROOT / "benchmark/results/first_run.jsonl").read_text().splitlines()
     gamed = 0
     for row in map(json.loads, lines):
-        updates = zip(*row["curves"].values())
-        rows = [dict(zip(row["curves"], values), update=update) for update, values in enumerate(updates)]
-        rows = [{name: value for name, value in values.items() if value is not None} for values in rows]
-        warned = {name for end in range(1, len(rows) + 1) for name in common.troubles(rows[:end])}
-        assert ("gold" in warned) == ("update" in row["sentence"]), row["flags"]
-        gamed += "gold" in warned
-        blind = [{name: value for name, value in values.items() if "gold" not in name} for values in rows]
-        assert not any("gold" in common.troubles(blind[:end]) for end in range(1, len(blind) + 1))
-    assert gamed >= 4
+        warned = warnings_of(row)
+        assert len(warned) == row["warnings"]
+        assert "gold" not in warnings_of(row, but=["gold_reward", "eval_gold_reward"])
+        if row["method"] == "remax":
+            assert not warned
+        else:
+            gamed += "gold" in warned
+    assert len(lines) == 10 and gamed >= 4
 
 
 def test_a_destroyed_policy_is_not_reported_as_a_success(tmp_path, capsys):
