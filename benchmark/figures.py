@@ -297,6 +297,7 @@ def main() -> None:
     figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory())
     figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
     figures["which_kl"] = which_kl()
+    figures["envelopes"] = envelopes("reviews", "gold reward (−1 to 1)")
     figures["frontier"] = frontier("reviews", "gold reward (−1 to 1)")
     figures["frontier_rule"] = frontier("rule", "share of right answers")
     figures["frontier_imdb"] = frontier("imdb", "counted sentiment")

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from rows import RESULTS, Run, flag, markdown_table, run_missing, run_script, with_spread
 
-RATES = (7e-4, 2e-3, 6e-3)  # ten times the default of full fine-tuning, and a factor of three up and down
+RATES = (7e-4, 2e-3, 6e-3)  # ten times 2e-4, the default when the rows were made, and a factor of three up and down
 TUNING_SEED = 11
 COLUMNS = dict(gold_reward="gold reward", reward="reward", kl="KL")
 GOLD = "--gold-reward-function examples/reviews/sentiment.py:reward"
