@@ -732,7 +732,7 @@ def test_runs_that_cannot_be_resumed(tmp_path, capsys, a_run, spoil):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(learning_rate=2e-5), "--learning-rate 0.0002 differs"),  # the run has the changed value
+        (dict(learning_rate=2e-5), "--learning-rate 0.0007 differs"),  # the run has the changed value
         (dict(ranks=2), "another number of ranks than 1"),
         (dict(zero_stage=2), "--zero-stage 0 differs"),
     ],
@@ -742,7 +742,7 @@ def test_a_run_is_resumed_with_its_own_flags_only(tmp_path, capsys, a_run, chang
     saved = json.loads((tmp_path / "r" / "args.json").read_text())
     (tmp_path / "r" / "args.json").write_text(json.dumps(saved | change))
     before = contents(tmp_path / "r")
-    flags = ["--learning-rate", "0.0002", "--zero-stage", "0"]
+    flags = ["--learning-rate", "0.0007", "--zero-stage", "0"]
     assert run_here("remax", "--resume", tmp_path / "r", *flags) == 2
     assert message in one_error(capsys) and contents(tmp_path / "r") == before
 

@@ -298,7 +298,7 @@ def test_a_policy_s_card_works_and_curves_are_grouped(tmp_path, monkeypatch, cap
     assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
     assert f"tensorboard --logdir {tmp_path}\n" in capsys.readouterr().out
     card = (tmp_path / "r" / "policy" / "README.md").read_text()
-    assert '"learning_rate": 0.0002' in card and '"eval_reward": ' in card
+    assert '"learning_rate": 0.0007' in card and '"eval_reward": ' in card
     assert card.startswith("---\nbase_model: policy\n")
     monkeypatch.chdir(tmp_path / "r" / "policy")
     exec(code_of(card), {})
