@@ -98,6 +98,15 @@ def test_the_benchmark_s_table_of_tuned_restraints_is_that_of_its_rows():
             assert f"| {line} |" in page
 
 
+def test_the_benchmark_s_table_of_adapters_is_that_of_its_rows():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import lora
+    import rows
+
+    finals = [row for row in rows.read_rows(rows.RESULTS / "lora.jsonl") if not row["tuning"]]
+    assert lora.table(finals) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_s_figures_are_those_of_the_rows():
     def rows(name):
         return [json.loads(line) for line in (ROOT / "benchmark" / "results" / name).read_text().splitlines()]
