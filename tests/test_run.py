@@ -335,7 +335,8 @@ def test_ranks_wait_for_each_other_for_hours():
 
 
 def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
-    code = "import signal; before = signal.getsignal(signal.SIGINT)\n"  # ignored where a shell runs us in the background
+    # Where a shell runs the tests in the background, ctrl-C is ignored already.
+    code = "import signal; before = signal.getsignal(signal.SIGINT)\n"
     code += "import common; print(signal.getsignal(signal.SIGINT) is before)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "True\n"
