@@ -105,12 +105,13 @@ def memory():
 
 def first_run():
     """Rewards of sampled responses in the README's first command and without a KL penalty: mean and range of seeds."""
+    rows = read("first_run.jsonl")
     styles = {"remax": ("default", "#000000", "-"), "remax, no KL penalty": ("--kl-coef 0", "#9a6a2f", "--")}
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
     titles = dict(reward="reward, which is trained on", gold_reward="gold reward, the truth")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for method, (label, colour, line) in styles.items():
-            curves = [row["curves"][name][1:] for row in read("first_run.jsonl") if row["method"] == method]
+            curves = [row["curves"][name][1:] for row in rows if row["method"] == method]
             smooth = [[statistics.fmean(curve[i : i + 5]) for i in range(0, 100, 5)] for curve in curves]
             seeds = list(zip(*smooth, strict=True))
             updates = range(3, 100, 5)

@@ -8,16 +8,12 @@ are those of sampled responses in training, means over tenths of the run.
 """
 
 import functools
-import os
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rows import RESULTS, ROOT, Run, markdown_table, read_rows, run_missing, with_spread
+from rows import RESULTS, Run, markdown_table, run_missing, run_script, with_spread
 
 GOLD = "--gold-reward-function examples/reviews/sentiment.py:reward"
 CURVES = ("reward", "gold_reward", "kl", "truncated_fraction", "eval_reward", "eval_gold_reward")
@@ -37,12 +33,8 @@ class Args:
 
 
 def measure(run: Run, folder: Path, threads: int) -> dict:
-    words = [sys.executable, run.script, *run.flags.split(), "--output-dir", str(folder / "run")]
-    begin = time.perf_counter()
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin
-    metrics = read_rows(folder / "run" / "metrics.jsonl")
+    done = run_script(run, folder, threads)
+    metrics = done["metrics"]
     updates = [row for row in metrics if row["update"] > 0]
     size = len(updates) // 10
     golds = [row["gold_reward"] for row in updates]
@@ -53,8 +45,8 @@ def measure(run: Run, folder: Path, threads: int) -> dict:
         best=round(max(tenths), 4),
         kl=round(statistics.fmean(row["kl"] for row in updates[-size:]), 2),
         cut=round(statistics.fmean(row["truncated_fraction"] for row in updates[-size:]), 4),
-        warnings=done.stdout.count("warning, update"),
-        seconds=round(seconds, 1),
+        warnings=(folder / "output").read_text().count("warning, update"),
+        cpu_seconds=round(done["cpu_seconds"], 1),
         curves=curves,
     )
 

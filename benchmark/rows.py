@@ -104,11 +104,12 @@ def run_missing(runs: list[Run], measure, path: Path, jobs: int = 1, show=None) 
     return [rows[command] for command in dict.fromkeys(run.command() for run in runs)]
 
 
-def run_script(run: Run, folder: Path) -> dict:
-    """Runs it with one thread; its own folder is folder/run -> CPU seconds of the whole process, and its metrics."""
+def run_script(run: Run, folder: Path, threads: int = 1) -> dict:
+    """Runs it in folder/run, its console goes to folder/output -> CPU seconds of the whole process, and its metrics."""
     words = [sys.executable, run.script, *run.flags.split(), "--output-dir", str(folder / "run")]
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output)
+        environment = ENVIRONMENT | dict(OMP_NUM_THREADS=str(threads))
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)  # the seconds of this process alone, whatever runs beside it
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

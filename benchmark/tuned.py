@@ -148,13 +148,16 @@ def setting_of(row: dict) -> Setting:
     return Setting(flag(row["flags"], "--learning-rate"), beta if kl_coef is None else kl_coef)
 
 
+def tuning_rows(results: list[dict], task: str, method: str) -> list[dict]:
+    return [row for row in results if row["tuning"] and (row["task"], row["method"]) == (task, method)]
+
+
 def tuning_step(results: list[dict], task: str, method: str) -> Step:
     """What the rule of choice.py asks for next, or has chosen."""
     ends = {}
-    for row in results:
-        if row["tuning"] and (row["task"], row["method"]) == (task, method):
-            gold, kl = row.get("gold", float("-inf")), row.get("kl", float("inf"))
-            ends[setting_of(row), row["seed"]] = Result(gold, kl)
+    for row in tuning_rows(results, task, method):
+        gold, kl = row.get("gold", float("-inf")), row.get("kl", float("inf"))
+        ends[setting_of(row), row["seed"]] = Result(gold, kl)
     return choice.next_step(ends, *grid(task, method), TASKS[task].most_kl)
 
 
@@ -245,9 +248,9 @@ def table(results, task) -> str:
 
 def envelope(results: list[dict], task: str, method: str) -> list[dict]:
     """The ends of the method's tuning runs that no nearer one surpasses in gold reward, from the nearest on."""
-    ends = [row for row in results if row["tuning"] and (row["task"], row["method"]) == (task, method)]
+    ends = [row for row in tuning_rows(results, task, method) if "failed" not in row]
     upper = []
-    for end in sorted((end for end in ends if "failed" not in end), key=lambda end: end["kl"]):
+    for end in sorted(ends, key=lambda end: end["kl"]):
         if not upper or end["gold"] > upper[-1]["gold"]:
             upper.append(end)
     return upper
@@ -262,9 +265,8 @@ def envelope_table(results: list[dict], task: str) -> str:
         for limit in KL_LIMITS:
             golds = [end["gold"] for end in upper if end["kl"] <= limit]
             cells.append(f"{golds[-1]:.2f}" if golds else "–")
-        num_runs = sum(row["tuning"] and (row["task"], row["method"]) == (task, method) for row in results)
         if upper:
-            lines.append([method, *cells, str(num_runs)])
+            lines.append([method, *cells, str(len(tuning_rows(results, task, method)))])
     return markdown_table(["method", *(f"≤ {limit} nats" for limit in KL_LIMITS), "runs"], lines)
 
 

@@ -317,6 +317,11 @@ def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_machine(row: dict) -> dict:
+    """A row of metrics without times and memory."""
+    return {name: value for name, value in row.items() if "second" not in name and "memory" not in name}
+
+
 def assert_equal_training(found, expected, learning_rate) -> None:
     """Both are {name: weights} after some steps of Adam from the same weights.
 

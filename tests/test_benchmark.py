@@ -433,6 +433,31 @@ def test_adapters_take_2_bytes_of_a_frozen_weight_and_20_of_a_trained_one():
     assert both["trained"] == parts["trained"]
 
 
+def test_the_benchmark_s_table_of_tuned_restraints_is_that_of_its_rows():
+    import tuned
+
+    page = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+    results = rows.read_rows(rows.RESULTS / "restraints.jsonl")
+    for task in ("reviews", "rule"):
+        for method, name in dict(remax="ReMax", grpo="GRPO, N = 8").items():
+            ends = tuned.final_rows(results, task, method)
+            setting = tuned.tuning_step(results, task, method).chosen
+            assert len(ends) == 5 and tuned.setting_of(ends[0]) == setting
+            values = {key: [end[key] for end in ends] for key in ends[0]}
+            cells = [rows.with_spread(values["gold"]), rows.with_spread(values["kl"], 1)]
+            cells += [rows.with_spread(values["win_rate"]), rows.with_spread(values["greedy_gold"])]
+            cells += [rows.with_spread(values["length"], 1), rows.with_spread(values["cpu_seconds"], 0)]
+            line = " | ".join([f"{task}, {name}", *cells, f"{setting.learning_rate:g}", f"{setting.restraint:g}"])
+            assert f"| {line} |" in page
+
+
+def test_the_benchmark_s_table_of_adapters_is_that_of_its_rows():
+    import lora
+
+    finals = [row for row in rows.read_rows(rows.RESULTS / "lora.jsonl") if not row["tuning"]]
+    assert lora.table(finals) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_pages_show_the_tables_that_memory_prints():
     import memory
 

@@ -78,35 +78,6 @@ def test_the_readme_s_table_and_line_of_code_are_those_of_the_scripts():
     assert line in (ROOT / "remax.py").read_text() and "baseline_rewards_B" in line
 
 
-def test_the_benchmark_s_table_of_tuned_restraints_is_that_of_its_rows():
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import rows
-    import tuned
-
-    page = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
-    results = rows.read_rows(rows.RESULTS / "restraints.jsonl")
-    for task in ("reviews", "rule"):
-        for method, name in dict(remax="ReMax", grpo="GRPO, N = 8").items():
-            ends = tuned.final_rows(results, task, method)
-            setting = tuned.tuning_step(results, task, method).chosen
-            assert len(ends) == 5 and tuned.setting_of(ends[0]) == setting
-            values = {key: [end[key] for end in ends] for key in ends[0]}
-            cells = [rows.with_spread(values["gold"]), rows.with_spread(values["kl"], 1)]
-            cells += [rows.with_spread(values["win_rate"]), rows.with_spread(values["greedy_gold"])]
-            cells += [rows.with_spread(values["length"], 1), rows.with_spread(values["cpu_seconds"], 0)]
-            line = " | ".join([f"{task}, {name}", *cells, f"{setting.learning_rate:g}", f"{setting.restraint:g}"])
-            assert f"| {line} |" in page
-
-
-def test_the_benchmark_s_table_of_adapters_is_that_of_its_rows():
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import lora
-    import rows
-
-    finals = [row for row in rows.read_rows(rows.RESULTS / "lora.jsonl") if not row["tuning"]]
-    assert lora.table(finals) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
-
-
 def test_the_readme_s_figures_are_those_of_the_rows():
     def rows(name):
         return [json.loads(line) for line in (ROOT / "benchmark" / "results" / name).read_text().splitlines()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, SCRIPTS, read_metrics, run_here, short_flags
+from conftest import PAIRS, SCRIPTS, read_metrics, run_here, short_flags, without_machine
 from safetensors.torch import load_file
 
 import common
@@ -148,5 +148,4 @@ def test_a_run_in_bfloat16_resumes_with_its_master_weights(tmp_path, script, zer
 def ended(folder: Path) -> tuple[dict, dict]:
     """-> (the last update's metrics that do not depend on the machine, the saved weights)"""
     last = read_metrics(folder)[-1]
-    metrics = {name: value for name, value in last.items() if "second" not in name and "memory" not in name}
-    return metrics, load_file(folder / "policy" / "model.safetensors")
+    return without_machine(last), load_file(folder / "policy" / "model.safetensors")

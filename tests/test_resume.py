@@ -27,6 +27,7 @@ from conftest import (
     started,
     together,
     wait,
+    without_machine,
 )
 from safetensors.torch import load_file
 from workers.killed import POINTS, killed
@@ -51,7 +52,7 @@ def finish(script, *flags, ranks=1) -> None:
 
 def state(folder):
     """-> (metrics without times and memory, the text of all samples, weights)."""
-    rows = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in read_metrics(folder)]
+    rows = [without_machine(row) for row in read_metrics(folder)]
     names = ["samples.jsonl", *(path.name for path in sorted(folder.glob("iteration-*.jsonl")))]
     (weights,) = folder.glob("*/model.safetensors")  # merged, where there are adapters
     return rows, {name: (folder / name).read_text() for name in names}, load_file(weights)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import number_tokenizer, policy_of, read_metrics, run_here, start_backend, tiny_model
+from conftest import number_tokenizer, policy_of, read_metrics, run_here, start_backend, tiny_model, without_machine
 
 import common
 
@@ -186,10 +186,6 @@ def test_a_function_that_draws_or_seeds_changes_no_random_number_of_ours(tmp_pat
     assert found == expected
 
 
-def without_timing(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not key.startswith(("seconds", "peak", "tokens"))}
-
-
 @pytest.mark.parametrize("script", ["remax", "spr", "dpo"])
 def test_training_does_not_depend_on_a_function_s_random_numbers(tmp_path, script):
     """Through each script: twice the same rewards, once from a file that seeds and draws."""
@@ -200,7 +196,7 @@ def test_training_does_not_depend_on_a_function_s_random_numbers(tmp_path, scrip
         flag = "--gold-reward-function" if script == "dpo" else "--reward-function"
         flags = [*SMALL[script], flag, f"{tmp_path}/{name}.py:reward", "--output-dir", tmp_path / name]
         assert run_here(script, *flags) == 0
-        runs.append([without_timing(row) for row in read_metrics(tmp_path / name)])
+        runs.append([without_machine(row) for row in read_metrics(tmp_path / name)])
     assert runs[0] == runs[1] and len(runs[0]) == 3
 
 

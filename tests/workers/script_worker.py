@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from conftest import read_metrics, run_here
+from conftest import read_metrics, run_here, without_machine
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from workers.engine_worker import POISONS
@@ -93,17 +93,10 @@ def run(script: str, flags: list, fixed=False, poisoned=((), "loss"), spoiled=Fa
             stack.enter_context(patch.object(module, name, functools.partial(poisoned_loss, loss)))
         seen["status"] = run_here(script, *flags)
     if "--output-dir" in flags:
-        seen["metrics"] = metrics_of_any_machine(flags[flags.index("--output-dir") + 1])
+        folder = Path(flags[flags.index("--output-dir") + 1])
+        if (folder / "metrics.jsonl").exists():
+            seen["metrics"] = [without_machine(row) for row in read_metrics(folder)]
     return seen
-
-
-def metrics_of_any_machine(folder) -> list[dict]:
-    """A run's metrics without times and memory."""
-    rows = read_metrics(folder) if Path(folder, "metrics.jsonl").exists() else []
-    kept = []
-    for row in rows:
-        kept.append({name: value for name, value in row.items() if not name.startswith(("seconds", "peak", "tokens"))})
-    return kept
 
 
 def run_all(cases: list[dict]) -> list[dict]:
