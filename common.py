@@ -81,14 +81,6 @@ from transformers.cache_utils import DynamicLayer
 # What the imports have made stays. Each collection of garbage would look through it, which takes 0.1 to 0.2 seconds.
 gc.freeze()
 
-LANGUAGE_MODEL = """
-import transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained(".")
-model = transformers.AutoModelForCausalLM.from_pretrained(".")
-ids = tokenizer("A prompt", return_tensors="pt")  # a chat: tokenizer.apply_chat_template
-print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=64)[0]))
-"""
-
 
 # ---------------------------------------------------------------- 1. Prompts and responses
 #
@@ -452,17 +444,6 @@ class ScalarOutputs(nn.Module):
         return self.model.score(outputs.last_hidden_state[rows_B1, read_BK]) - self.zero
 
 
-class ScalarHead(nn.Module):
-    """A linear head with one output, computed in float32: in bfloat16 a score of 5 has steps of 1/32."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight  # (1, D), under the name that it has in the model's files
-
-    def forward(self, hidden_BKD):
-        return F.linear(hidden_BKD.float(), self.weight.float()).squeeze(-1)
-
-
 # ---------------------------------------------------------------- 4. Rewards
 #
 # A reward is a number for a text. So a reward model may have any tokenizer, and a Python function may take its place.
@@ -553,31 +534,18 @@ def micro_batches(lengths_B, size):
 
 def train_engine(module, backend, max_grad_norm):
     """A DeepSpeed engine that trains `module` by AdamW on float32 (master) weights."""
-    limit_threads(module)
     dist.barrier()  # fails at once where a rank has ended; the engine's new group would wait for it, for hours
-    zero = dict(stage=backend.zero_stage)
-    if backend.offload:
-        tell_offload(module, backend)
-        zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
-    # In bfloat16 the sum of many micro-batches' gradients would be rounded at each of them. ZeRO-0 cannot avoid that.
-    adds_in_float32 = backend.dtype == "bfloat16" and backend.zero_stage > 0
-    if backend.gradient_checkpointing:
-        module.model.activation_checkpointing_enable()
-    config = dict(
-        train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
-        gradient_accumulation_steps=2,  # any but 1, which is wrong at ZeRO-1 and 2: `backward` marks the boundaries
-        gradient_clipping=max_grad_norm,
-        bf16=dict(enabled=backend.dtype == "bfloat16"),
-        data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
-        zero_optimization=zero,
-        zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,
-    )
-    # eps 1e-5: a smaller one lets the rounding differences between ranks and micro-batches grow.
-    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    module.register_state_dict_post_hook(drop_frozen)  # of what a checkpoint holds
+    prepare_training(module, backend)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, **adamw)  # optimizer_step sets the rate
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=0.0,  # optimizer_step sets the rate
+        betas=(0.9, 0.95),
+        eps=1e-5,  # a smaller one lets the rounding differences between ranks and micro-batches grow
+        weight_decay=0.0,
+        fused=True,
+    )
+    config = deepspeed_config(backend, max_grad_norm)
     with contextlib.redirect_stdout(io.StringIO()):  # ZeRO-1 prints its memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
@@ -855,11 +823,37 @@ def same_weights(model):
     return copy.deepcopy(model, shared).eval()
 
 
-def tell_offload(module, backend):
-    # Measured: float32 weights, Adam's two moments and gradients (16), and two copies in the model's type (4).
-    num_bytes = 20 * sum(weight.numel() for weight in module.parameters())
-    pinned = "; pinned memory grows in powers of two" if backend.device.type == "cuda" else ""
-    print(f"Offload: a trained model takes {gib(num_bytes)} of CPU memory, over all ranks{pinned}")
+# DeepSpeed
+#
+# In training a model is inside a DeepSpeed engine. A frozen one is, too, where it is sharded or in CPU memory.
+
+
+def prepare_training(module, backend):
+    """What a module needs before it becomes an engine."""
+    limit_threads(module)
+    if backend.offload:
+        tell_offload(module, backend)
+    if backend.gradient_checkpointing:
+        module.model.activation_checkpointing_enable()
+    module.register_state_dict_post_hook(drop_frozen)  # of what a checkpoint holds
+
+
+def deepspeed_config(backend, max_grad_norm) -> dict:
+    zero = dict(stage=backend.zero_stage)
+    if backend.offload:
+        zero["offload_optimizer"] = dict(device="cpu", pin_memory=backend.device.type == "cuda")
+    # In bfloat16 the sum of many micro-batches' gradients would be rounded at each of them. ZeRO-0 cannot avoid that.
+    adds_in_float32 = backend.dtype == "bfloat16" and backend.zero_stage > 0
+    return dict(
+        train_micro_batch_size_per_gpu=1,  # DeepSpeed only reports it
+        gradient_accumulation_steps=2,  # any but 1, which is wrong at ZeRO-1 and 2: `backward` marks the boundaries
+        gradient_clipping=max_grad_norm,
+        bf16=dict(enabled=backend.dtype == "bfloat16"),
+        data_types=dict(grad_accum_dtype="fp32" if adds_in_float32 else None),
+        zero_optimization=zero,
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
 
 
 def freeze(module, backend) -> nn.Module:
@@ -874,11 +868,33 @@ def freeze(module, backend) -> nn.Module:
     return deepspeed.initialize(model=module, config=config)[0]
 
 
+@contextlib.contextmanager
+def gathered(engine) -> Iterator[None]:
+    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
+    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
 def limit_threads(module):
     """A small model gains nothing from many threads: at each operation they wait for the slowest of them."""
     if "OMP_NUM_THREADS" not in os.environ:  # of a user or a launcher
         parameters = sum(p.numel() for p in module.parameters())
         torch.set_num_threads(min(torch.get_num_threads(), max(4, parameters // 1_000_000)))
+
+
+def tell_offload(module, backend):
+    # Measured: float32 weights, Adam's two moments and gradients (16), and two copies in the model's type (4).
+    num_bytes = 20 * sum(weight.numel() for weight in module.parameters())
+    pinned = "; pinned memory grows in powers of two" if backend.device.type == "cuda" else ""
+    print(f"Offload: a trained model takes {gib(num_bytes)} of CPU memory, over all ranks{pinned}")
+
+
+def drop_frozen(module, weights, prefix, _):
+    """Takes frozen weights out of a state_dict; DeepSpeed would keep the second name of a tied one."""
+    for name, weight in module.named_parameters(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        if not weight.requires_grad:
+            weights.pop(name, None)
 
 
 # Reward models and value models
@@ -904,6 +920,17 @@ def load_classifier(path, backend, max_length=0, new_head=False) -> tuple:
     if model.config.pad_token_id is None:  # transformers takes batches only with one
         model.config.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+class ScalarHead(nn.Module):
+    """A linear head with one output, computed in float32: in bfloat16 a score of 5 has steps of 1/32."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (1, D), under the name that it has in the model's files
+
+    def forward(self, hidden_BKD):
+        return F.linear(hidden_BKD.float(), self.weight.float()).squeeze(-1)
 
 
 def load_value_model(reward_model_path, policy_path, sampling: Sampling, backend) -> ScalarOutputs:
@@ -1156,21 +1183,6 @@ def save_adapter(model, folder):
 # Saving
 #
 # A run of days must not end in a folder that nobody can load, so what was saved is read again and compared.
-
-
-def drop_frozen(module, weights, prefix, _):
-    """Takes frozen weights out of a state_dict; DeepSpeed would keep the second name of a tied one."""
-    for name, weight in module.named_parameters(prefix=prefix.removesuffix("."), remove_duplicate=False):
-        if not weight.requires_grad:
-            weights.pop(name, None)
-
-
-@contextlib.contextmanager
-def gathered(engine) -> Iterator[None]:
-    """Inside the block every rank has all of the weights. Only ZeRO-3 shards them."""
-    sharded = [weight for weight in engine.parameters() if hasattr(weight, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
 
 
 def save_and_check(engine, tokenizer, folder, backend):
@@ -1958,6 +1970,16 @@ def troubles(rows: list[dict]) -> dict[str, str]:
             change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
             found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"
     return found
+
+
+# How a model is used, for its card.
+LANGUAGE_MODEL = """
+import transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+model = transformers.AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("A prompt", return_tensors="pt")  # a chat: tokenizer.apply_chat_template
+print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=64)[0]))
+"""
 
 
 def model_card(flags: dict, metrics: dict, usage) -> str:
