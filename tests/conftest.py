@@ -43,14 +43,14 @@ class Script:
     """All that the tests need to know of a script. Flags are one text.
 
     `one_step`: flags under which an update is one optimizer step of each model. `busy`: flags under which all that the
-    script can do is at work, in at least five steps of 8 rows; test_engine.py and test_devices.py train with them.
+    script can do is at work, in at least three steps of 8 rows; test_engine.py and test_devices.py train with them.
     """
 
     name: str
     data: str  # "prompts", to which it samples responses, or "pairs"
     one_step: str = ""
     busy: str = ""
-    busy_episodes: int = 40
+    busy_episodes: int = 24
     models: int = 1  # in training
 
 
@@ -64,7 +64,6 @@ ENTRIES = [
         data="prompts",
         one_step="--num-samples 2",
         busy="--num-samples 4 --num-epochs 2",
-        busy_episodes=24,
     ),
     Script(
         "spr",
@@ -107,6 +106,15 @@ def short_flags(script: str, response_length) -> list[str]:
     if script in PAIRS:
         return ["--dataset", few_pairs()]
     return ["--response-length", str(response_length)]
+
+
+def others_are_slow(cases, soon: str) -> list:
+    """Cases of a test, scripts or tuples that begin with one: those of the scripts in `soon` run every day."""
+    marked = []
+    for case in cases:
+        script, *more = [case] if isinstance(case, str) else case
+        marked.append(pytest.param(script, *more, marks=[] if script in soon.split() else pytest.mark.slow))
+    return marked
 
 
 def fields_of(script: str) -> dict[str, dataclasses.Field]:

@@ -26,6 +26,7 @@ from conftest import (
     example_tokenizer,
     fields_of,
     one_error,
+    others_are_slow,
     read_metrics,
     run_here,
     run_script,
@@ -760,7 +761,7 @@ def test_a_run_is_resumed_by_its_own_script_only(capsys, a_run, script):
 WHOLE = "--total-episodes 8 --batch-size 4 --eval-size 2 --save-every 1".split()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", others_are_slow(SCRIPTS, soon="remax spr_token dpo"))
 def test_no_network_and_no_secret_in_what_is_written(tmp_path, capsys, monkeypatch, script):
     secrets = dict(HF_TOKEN="hf_s3cr3t", WANDB_API_KEY="k3y-s3cr3t", AWS_SECRET_ACCESS_KEY="aws-s3cr3t")
     for name, value in secrets.items():

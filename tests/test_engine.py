@@ -267,7 +267,8 @@ def test_waiting_threads_spin_for_a_short_time(own, spins):
     """The threads' library itself says what it has read."""
     environment = script_environment() | dict(OMP_DISPLAY_ENV="verbose")
     environment.pop("GOMP_SPINCOUNT", None)  # of this process, which has imported common
-    command = [sys.executable, "-c", "import common"]
+    # tyro comes after torch: what common.py imports from there on would only take time.
+    command = [sys.executable, "-c", "import sys; sys.modules['tyro'] = None; import common"]
     result = subprocess.run(command, cwd=ROOT, env=environment | own, capture_output=True, text=True)
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
@@ -302,7 +303,7 @@ def assert_same_training(found, expected, rate="1e-3"):
 
     Seven held-out rows do not divide by two ranks, so one of them is dealt out twice.
     """
-    assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 4
+    assert found["status"] == expected["status"] == 0 and len(found["gradients"]) == len(expected["gradients"]) > 2
     for new, old in zip(found["gradients"], expected["gradients"]):
         assert (new - old).norm() < 1e-5 * old.norm() and old.norm() > 0
     assert_equal_training(found["weights"], expected["weights"], float(rate))

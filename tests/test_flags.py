@@ -125,7 +125,9 @@ def test_without_these_flags_nothing_is_done_for_them(tmp_path, seen, script):
         assert engine.module.model.config._attn_implementation == "sdpa"
 
 
-BFLOAT16 = [("remax", 0), ("remax", 1), ("remax", 3), ("ppo", 2), ("spr_token", 0)]
+SLOW = pytest.mark.slow
+BFLOAT16 = [("remax", 1), ("ppo", 2), ("spr_token", 0)]
+BFLOAT16 += [pytest.param("remax", 0, marks=SLOW), pytest.param("remax", 3, marks=SLOW)]
 
 
 @pytest.mark.parametrize("script, zero_stage", BFLOAT16)

@@ -15,8 +15,12 @@ TRAINED = dict(spr=1, spr_token=2, dpo=1)
 FINE_TUNING = f"--weighting uniform --num-samples 0 --dataset {EXAMPLE / 'demonstrations.jsonl'}".split()
 
 
-@pytest.mark.parametrize("script", TRAINED)
-@pytest.mark.parametrize("flags", ["", "--zero-stage 3"])
+CASES = [("spr", ""), ("spr", "--zero-stage 2 --offload"), ("spr_token", "--zero-stage 3"), ("dpo", "")]
+SLOW_CASES = [("spr", "--zero-stage 3"), ("spr_token", ""), ("dpo", "--zero-stage 3")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
+
+
+@pytest.mark.parametrize("script, flags", CASES)
 def test_only_what_is_trained_is_in_memory_in_a_backward(tmp_path, monkeypatch, script, flags):
     assert_only_trained_models_are_alive(script, [*OWN.get(script, []), *flags.split()], tmp_path, monkeypatch)
 

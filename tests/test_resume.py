@@ -19,6 +19,7 @@ from conftest import (
     assert_ok,
     launch,
     launch_command,
+    others_are_slow,
     output_of,
     read_metrics,
     run_script,
@@ -134,27 +135,16 @@ OTHERS = dict(
 )
 
 
-# reinforce.py and grpo.py have the engines of remax.py, and are resumed like it in the slow tests.
-@pytest.mark.parametrize(
-    "script, how",
-    [
-        pytest.param(script, how, marks=pytest.mark.slow if script in ("reinforce", "grpo") else [])
-        for script, how in OTHERS.items()
-    ],
-)
+# reinforce.py and grpo.py have the engines of remax.py. spr_token.py and reward_model.py are resumed below.
+@pytest.mark.parametrize("script, how", others_are_slow(OTHERS.items(), soon="ppo spr dpo"))
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
 
-# The other scripts resume with adapters in the slow tests: these two have all kinds of engines.
-SOON = ("spr_token", "reward_model")
-WITH_ADAPTERS = [
-    pytest.param(script, how, marks=[] if script in SOON else pytest.mark.slow)
-    for script, how in dict(OTHERS, remax="in a file").items()
-]
-
-
-@pytest.mark.parametrize("script, how", WITH_ADAPTERS)
+# These two have all kinds of engines.
+@pytest.mark.parametrize(
+    "script, how", others_are_slow([*OTHERS.items(), ("remax", "in a file")], "spr_token reward_model")
+)
 def test_with_adapters(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how, more=["--lora-rank", "2"])
 
@@ -164,7 +154,10 @@ def test_spr_on_two_ranks_with_zero_2(tmp_path):
     interrupted_and_resumed(tmp_path, "spr", "in an update", ranks=2, zero_stage=2)
 
 
-@pytest.mark.parametrize("script, number", [("remax", signal.SIGTERM), ("spr", signal.SIGINT)])
+SIGNALS = [("remax", signal.SIGTERM), ("spr", signal.SIGINT)]
+
+
+@pytest.mark.parametrize("script, number", others_are_slow(SIGNALS, soon="remax"))
 def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, script, number):
     interrupted_and_resumed(tmp_path, script, number)
 

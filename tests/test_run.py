@@ -20,6 +20,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     as_program,
+    others_are_slow,
     output_of,
     run_here,
     start_backend,
@@ -165,8 +166,15 @@ def test_room_is_looked_for_before_training(tmp_path, capsys, monkeypatch):
     assert "0/2" not in capsys.readouterr().err  # nothing was trained
 
 
-@pytest.mark.parametrize("flags", [[], ["--zero-stage", 2], ["--dtype", "bfloat16"], ["--lora-rank", 4]])
-@pytest.mark.parametrize("script", ["remax", "ppo"])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("remax", ["--zero-stage", 2]),
+        ("remax", ["--dtype", "bfloat16"]),
+        ("remax", ["--lora-rank", 4]),
+        ("ppo", []),
+    ],
+)
 def test_the_room_that_is_looked_for_is_enough_and_little_more(tmp_path, monkeypatch, script, flags):
     sizes = []
     saved_sizes = common.saved_sizes
@@ -342,14 +350,10 @@ def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
     assert result.stdout == "True\n"
 
 
-SEEDED = [
-    pytest.param(script, marks=[] if script in ("remax", "ppo") else pytest.mark.slow)
-    for script in SCRIPTS
-    if script not in PAIRS
-]
+SEEDED = [script for script in SCRIPTS if script not in PAIRS]
 
 
-@pytest.mark.parametrize("script", SEEDED)
+@pytest.mark.parametrize("script", others_are_slow(SEEDED, soon="remax ppo"))
 def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatch, script):
     """All prompts are the same one, and the policy does not learn."""
     prompts = tmp_path / "p.jsonl"

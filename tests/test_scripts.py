@@ -1,9 +1,7 @@
 """The scripts as a user runs them: they learn, say so, run under the launchers, and save what others can read."""
 
-import gc
 import json
 import shutil
-import weakref
 
 import pytest
 import torch
@@ -326,49 +324,14 @@ def test_rows_of_weight_0_are_not_computed_and_would_change_nothing(tmp_path, mo
     assert_equal_training(found["spr"]["weights"], found["all_rows"]["weights"], 1e-3)
 
 
-@pytest.mark.parametrize(
-    "zero_stage, dtype", [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")]
-)
+# That a reset optimizer is a new one at all stages, test_engine.py shows.
+@pytest.mark.parametrize("zero_stage, dtype", [(0, "float32"), (1, "bfloat16")])
 def test_each_iteration_is_a_fit_of_its_own(tmp_path, zero_stage, dtype):
     """Adam's moments are 0 before the first of its two steps, and the schedule begins anew."""
     flags = ["--zero-stage", zero_stage, "--dtype", dtype, "--total-episodes", 24, "--output-dir", tmp_path / "r"]
     found = run("spr", [*SPR, *flags])
     assert found["status"] == 0 and [moments > 0 for moments in found["moments"]] == 3 * [False, True]
     assert [row["learning_rate"] for row in read_metrics(tmp_path / "r")] == 3 * [pytest.approx(1e-3)]
-
-
-@pytest.mark.parametrize(
-    "script, flags, steps",
-    [
-        ("spr", "--zero-stage 0", 2),
-        ("spr", "--zero-stage 2 --offload", 2),
-        ("spr", "--zero-stage 3", 2),
-        ("spr_token", "--zero-stage 0 --value-epochs 1", 2 * 4 + 2),  # of the value model and of the policy
-    ],
-)
-def test_the_reward_model_and_the_initial_policy_are_forgotten(tmp_path, monkeypatch, script, flags, steps):
-    """While models are trained they are not in memory: neither those of this iteration nor earlier ones."""
-    frozen, freeze, backward, checks = [], common.freeze, common.backward, 0
-
-    def watched_freeze(module, backend):
-        frozen.append(weakref.ref(module))
-        return freeze(module, backend)
-
-    def watched_backward(*args):
-        nonlocal checks
-        assert not any(module() for module in frozen)
-        checks += 1
-        return backward(*args)
-
-    monkeypatch.setattr(common, "freeze", watched_freeze)
-    monkeypatch.setattr(common, "backward", watched_backward)
-    gc.disable()  # it must not be left to chance
-    try:
-        flags = [*flags.split(), "--total-episodes", 24, "--eval-every", 1, "--output-dir", tmp_path / "r"]
-        assert run_here(script, *SPR, *flags) == 0
-    finally:
-        gc.enable()
-    assert len(frozen) > 6 and checks == 3 * steps
 
 
 @pytest.mark.parametrize("script", ["spr", "spr_token"])
@@ -381,7 +344,7 @@ def test_the_last_position_of_the_model_can_be_used(tmp_path, script):
 
 
 def test_a_reward_model_is_trained_and_remax_uses_it(tmp_path):
-    flags = "--total-episodes 1600 --eval-every 25 --learning-rate 2e-3".split()
+    flags = "--total-episodes 960 --eval-every 30 --learning-rate 3e-3".split()
     result = run_script("reward_model.py", *flags, "--output-dir", tmp_path / "r")
     assert_ok(result)
     rows = read_metrics(tmp_path / "r")

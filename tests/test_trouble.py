@@ -5,16 +5,24 @@ import zlib
 
 import pytest
 import torch
-from conftest import EXAMPLE, PAIRS, SCRIPTS, logprobs_of, read_metrics, short_flags, start_backend
+from conftest import (
+    EXAMPLE,
+    PAIRS,
+    SCRIPTS,
+    logprobs_of,
+    others_are_slow,
+    read_metrics,
+    short_flags,
+    start_backend,
+)
 from workers.script_worker import run
 
 import common
 import ppo
 
 FLAGS = "--batch-size 4 --eval-every 0 --lr-schedule constant --warmup-ratio 0".split()
-MOST = [script for script in SCRIPTS if script != "spr_token"]  # which has two engines like ppo.py: to save time
-# The policy gradients differ from remax.py in nothing that matters here: theirs are slow tests.
-EACH = [pytest.param(s, marks=pytest.mark.slow if s in ("reinforce", "grpo") else []) for s in SCRIPTS]
+# One engine and two, prompts and pairs.
+EACH = others_are_slow(SCRIPTS, soon="remax ppo dpo")
 
 
 def run_flags(script, folder, updates, *more) -> list:
@@ -32,7 +40,10 @@ def test_two_bad_updates_are_skipped_counted_and_leave_no_trace(tmp_path, script
     assert all(weights.isfinite().all() for weights in found["weights"].values())
 
 
-@pytest.mark.parametrize("script, how", [("remax", "gradient"), ("ppo", "loss"), ("spr", "loss"), ("dpo", "loss")])
+HOWS = [("remax", "gradient"), ("ppo", "loss"), ("spr", "loss"), ("dpo", "loss")]
+
+
+@pytest.mark.parametrize("script, how", others_are_slow(HOWS, soon="remax dpo"))
 def test_ten_bad_updates_in_a_row_end_the_run_and_say_what_was_first(tmp_path, capsys, script, how):
     found = run(script, run_flags(script, tmp_path, 14), poisoned=(range(3, 99), how))
     first = dict(loss="loss", gradient="grad_norm")[how]
@@ -54,7 +65,7 @@ def test_nine_bad_updates_in_a_row_do_not(tmp_path):
     assert read_metrics(tmp_path / "r")[-1]["skipped_updates"] == 18
 
 
-@pytest.mark.parametrize("script", MOST)
+@pytest.mark.parametrize("script", others_are_slow(SCRIPTS, soon="remax spr reward_model"))
 @pytest.mark.parametrize("dtype, zero_stage", [("float32", 0), pytest.param("bfloat16", 3, marks=pytest.mark.slow)])
 def test_success_is_claimed_only_of_a_saved_model_that_is_the_trained_one(tmp_path, capsys, script, dtype, zero_stage):
     flags = [*run_flags(script, tmp_path, 1), "--dtype", dtype, "--zero-stage", zero_stage]

@@ -140,9 +140,12 @@ def rollout_and_train(model) -> list:
 
 def on_this_rank(cases: list[dict]) -> dict:
     """For `forked`, with several ranks: what test_engine.py compares with plain torch."""
-    kinds = ("gpt2", "llama")
+    found = []
+    for case in cases:
+        kinds = ["llama"] if case.get("offload") else ["gpt2", "llama"]
+        found.append({kind: with_the_engine(tiny_model(kind), **case) for kind in kinds})
     return dict(
-        cases=[{kind: with_the_engine(tiny_model(kind), **case) for kind in kinds} for case in cases],
+        cases=found,
         poisoned=[
             with_the_engine(tiny_model("llama"), zero_stage, 2, updates=3, poison=poison)
             for zero_stage in range(4)
