@@ -1965,7 +1965,8 @@ def troubles(rows: list[dict]) -> dict[str, str]:
         evaluations = [row for row in rows if "eval_gold_reward" in row]
         golds = [row["eval_gold_reward"] for row in evaluations]
         best = evaluations[golds.index(max(golds))]
-        fell = max(golds) - golds[-1] > 0.25 * (max(golds) - min(golds))
+        # Smaller falls come and go: they are greedy responses to some prompts only.
+        fell = max(golds) - golds[-1] > 0.5 * (max(golds) - min(golds))
         if len(golds) > 2 and fell and last["eval_reward"] > best["eval_reward"]:
             change = f"eval_gold_reward fell from {max(golds):.2f} to {golds[-1]:.2f} since update {best['update']}"
             found["gold"] = f"the policy games its reward: {change}, while eval_reward rose; train less"

@@ -68,7 +68,7 @@ def warnings_of(row, but=()) -> set[str]:
 
 
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
-    """Without its KL penalty the first run is gamed on four of five seeds or more; with it, it ends at its height."""
+    """Without its KL penalty the first run is gamed on four of five seeds or more; with it, on none, and it ends well."""
     lines = (ROOT / "benchmark/results/first_run.jsonl").read_text().splitlines()
     gamed = 0
     for row in map(json.loads, lines):
@@ -76,7 +76,7 @@ def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
         assert len(warned) == row["warnings"]
         assert "gold" not in warnings_of(row, but=["gold_reward", "eval_gold_reward"])
         if row["method"] == "remax":
-            assert warned <= {"gold"} and row["last"] > row["best"] - 0.03 > 0.6
+            assert warned == set() and row["last"] > row["best"] - 0.03 > 0.6
         else:
             gamed += "gold" in warned
     assert len(lines) == 10 and gamed >= 4
