@@ -14,8 +14,7 @@ import matplotlib.pyplot as plt
 import tuned
 from PIL import Image
 from rows import RESULTS, mean_and_spread, read_rows
-from tasks import METHODS as TUNED
-from tasks import SIZES
+from tasks import METHODS, SIZES, TITLES
 
 PARTS = dict(rollout="#2f5fa8", scoring="#a8dba8", reference="#8e6bb0", training="#f2b179", rest="#777777")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
@@ -23,24 +22,24 @@ NAMES |= {"reward_model": "reward model", "reinforce": "REINFORCE", "remax": "Re
 NAMES |= {"ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
 NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
 NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
-# Label, colour, line and marker of each method of tuned.py.
-METHODS = {
-    "reinforce": ("REINFORCE", "#999999", ":", "o"),
-    "reinforce, normalised": ("REINFORCE, normalised", "#999999", "-", "p"),
-    "rloo, N = 4": ("RLOO, N = 4", "#59a14f", "-", "s"),
-    "remax": ("ReMax", "#c0182a", "-", "o"),
-    "remax, N = 3": ("ReMax, N = 3", "#c0182a", "--", "v"),
-    "remax, fitted": ("ReMax, fitted baseline", "#f28e2b", "-", "^"),
-    "remax, LoRA rank 1": ("ReMax, LoRA rank 1", "#e8838d", ":", "<"),
-    "remax, LoRA rank 8": ("ReMax, LoRA rank 8", "#e8838d", "-", ">"),
-    "grpo": ("GRPO, N = 8", "#8c6d31", "-", "h"),
-    "dr-grpo": ("Dr. GRPO, N = 8", "#8c6d31", "--", "H"),
-    "ppo, 1 epoch": ("PPO, 1 epoch", "#2f5fa8", "--", "D"),
-    "ppo, 4 epochs": ("PPO, 4 epochs", "#2f5fa8", "-", "D"),
-    "spr": ("SPR", "#6a2c91", "-", "P"),
-    "spr, token level": ("SPR, Algorithm 1", "#6a2c91", ":", "d"),
-    "best-of-n": ("Best-of-N", "#b59ac9", "--", "X"),
-    "dpo": ("DPO", "#000000", "-", "*"),
+# Colour, line and marker of each method of tuned.py.
+STYLES = {
+    "reinforce": ("#999999", ":", "o"),
+    "reinforce, normalised": ("#999999", "-", "p"),
+    "rloo, N = 4": ("#59a14f", "-", "s"),
+    "remax": ("#c0182a", "-", "o"),
+    "remax, N = 3": ("#c0182a", "--", "v"),
+    "remax, fitted": ("#f28e2b", "-", "^"),
+    "remax, LoRA rank 1": ("#e8838d", ":", "<"),
+    "remax, LoRA rank 8": ("#e8838d", "-", ">"),
+    "grpo": ("#8c6d31", "-", "h"),
+    "dr-grpo": ("#8c6d31", "--", "H"),
+    "ppo, 1 epoch": ("#2f5fa8", "--", "D"),
+    "ppo, 4 epochs": ("#2f5fa8", "-", "D"),
+    "spr": ("#6a2c91", "-", "P"),
+    "spr, token level": ("#6a2c91", ":", "d"),
+    "best-of-n": ("#b59ac9", "--", "X"),
+    "dpo": ("#000000", "-", "*"),
 }
 RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
 RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
@@ -156,44 +155,29 @@ def draw(axis, runs: list[list[dict]], x: str, y: str, label: str, colour: str, 
 def tuned_runs(task: str) -> dict[str, list[dict]]:
     """Method -> the final rows of tuned.jsonl at its newest setting."""
     results = read("tuned.jsonl")
-    runs = {method: tuned.final_rows(results, task, method) for method in TUNED | SIZES}
+    runs = {method: tuned.final_rows(results, task, method) for method in METHODS | SIZES}
     return {method: rows for method, rows in runs.items() if rows}
 
 
-def frontier(task: str, gold: str):
-    """Gold reward against KL and against CPU seconds, along training, all methods."""
-    runs = tuned_runs(task)
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, layout="constrained")
-    titles = dict(kl="KL to the initial policy, nats per response", cpu_seconds="CPU seconds of the run, one thread")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for method, style in METHODS.items():
-            if method in runs:
-                draw(axis, [row["points"] for row in runs[method]], name, "gold", *style)
-        axis.set_xlabel(title, fontsize=9)
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"{gold}, sampled responses", fontsize=9)
-    seeds = min(map(len, runs.values()))
-    spread = f"mean of {seeds} seeds, at the end with standard deviation"
-    figure.suptitle(f"Each method at its best learning rate, 6,400 generated responses; {spread}", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
-    return figure
-
-
-def envelopes(task: str, gold: str):
-    """Gold reward against KL at the ends of all tuning runs, and each method's upper envelope."""
+def envelopes():
+    """Gold reward against KL at the ends of all tuning runs: each method's upper envelope."""
     results = read("restraints.jsonl")
-    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for method, (label, colour, line, marker) in METHODS.items():
-        upper = tuned.envelope(results, task, method)
-        if upper:
-            x = [end["kl"] for end in upper]
-            y = [end["gold"] for end in upper]
-            axis.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.3, label=label)
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlabel("KL to the initial policy, nats per response", fontsize=9)
-    axis.set_ylabel(f"{gold}, sampled responses", fontsize=9)
-    axis.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside right center", frameon=False)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    titles = dict(reviews="reviews: gold reward (−1 to 1)", rule="rule: share of right answers")
+    for axis, (task, title) in zip(axes, titles.items(), strict=True):
+        for method, (colour, line, marker) in STYLES.items():
+            upper = tuned.envelope(results, task, method)
+            if upper:
+                x = [end["kl"] for end in upper]
+                y = [end["gold"] for end in upper]
+                style = dict(color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.3)
+                axis.plot(x, y, label=TITLES[method], **style)
+        axis.set_title(title, fontsize=9)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlabel("KL to the initial policy, nats per response", fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[1].set_ylim(bottom=0.6)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     return figure
 
 
@@ -205,7 +189,8 @@ def samples():
     lines |= {"best-of-n, N = 4": ("Best-of-N, N = 4", "#f5b981", "--", "v")}
     lines |= {"best-of-n": ("Best-of-N, N = 8", "#f28e2b", "--", "P")}
     lines |= {"best-of-n, N = 16": ("Best-of-N, N = 16", "#a4540b", "--", "^")}
-    lines |= {"ppo, 1 epoch": METHODS["ppo, 1 epoch"], "ppo, 4 epochs": METHODS["ppo, 4 epochs"]}
+    for method in ("ppo, 1 epoch", "ppo, 4 epochs"):
+        lines[method] = (TITLES[method], *STYLES[method])
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
     titles = dict(gold="gold reward (−1 to 1)", win_rate="win rate over the initial policy (gold)")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
@@ -233,7 +218,8 @@ def over_optimisation():
         runs = tuned_runs(f"reviews for long, {size} pairs")
         for method in ("remax", "ppo, 1 epoch", "spr", "best-of-n"):
             if method in runs:
-                draw(axis, [row["points"] for row in runs[method]], "reward", "gold", *METHODS[method])
+                points = [row["points"] for row in runs[method]]
+                draw(axis, points, "reward", "gold", TITLES[method], *STYLES[method])
         axis.set_title(f"reward model trained on {title}", fontsize=9)
         axis.set_xlabel("its reward, sampled responses", fontsize=9)
         axis.grid(alpha=0.25)
@@ -298,10 +284,7 @@ def main() -> None:
     figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory())
     figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
     figures["which_kl"] = which_kl()
-    figures["envelopes"] = envelopes("reviews", "gold reward (−1 to 1)")
-    figures["frontier"] = frontier("reviews", "gold reward (−1 to 1)")
-    figures["frontier_rule"] = frontier("rule", "share of right answers")
-    figures["frontier_imdb"] = frontier("imdb", "counted sentiment")
+    figures["envelopes"] = envelopes()
     for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)

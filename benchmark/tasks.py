@@ -140,6 +140,24 @@ METHODS = {
     "best-of-n": Method("spr.py --weighting best-of-n --num-samples 8 --batch-size 200", 800, None),
     "dpo": Method("dpo.py", 0, "dpo"),
 }
+TITLES = {  # of the tables and figures
+    "reinforce": "REINFORCE",
+    "reinforce, normalised": "REINFORCE, normalised",
+    "rloo, N = 4": "RLOO, N = 4",
+    "remax": "ReMax",
+    "remax, N = 3": "ReMax, N = 3",
+    "remax, fitted": "ReMax, fitted",
+    "remax, LoRA rank 1": "ReMax, LoRA rank 1",
+    "remax, LoRA rank 8": "ReMax, LoRA rank 8",
+    "grpo": "GRPO, N = 8",
+    "dr-grpo": "Dr. GRPO, N = 8",
+    "ppo, 1 epoch": "PPO, 1 epoch",
+    "ppo, 4 epochs": "PPO, 4 epochs",
+    "spr": "SPR, N = 8",
+    "spr, token level": "SPR, Algorithm 1",
+    "best-of-n": "Best-of-N, N = 8",
+    "dpo": "DPO",
+}
 SIZES = {  # at the settings that were chosen for N = 8
     "spr, N = 4": Method("spr.py --num-samples 4 --batch-size 400", 1600, "spr"),
     "spr, N = 16": Method("spr.py --num-samples 16 --batch-size 100", 400, "spr"),

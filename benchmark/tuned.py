@@ -15,7 +15,6 @@ them). tuned.jsonl has the rows of the round before, in which the KL coefficient
 
 import itertools
 import runpy
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import choice
 import tyro
 from choice import Result, Setting, Step
 from rows import ENVIRONMENT, RESULTS, ROOT, Run, append_row, flag, markdown_table, read_rows, run_missing, with_spread
-from tasks import METHODS, SIZES, TASKS, grid, make_reward_model, run_of
+from tasks import METHODS, SIZES, TASKS, TITLES, grid, make_reward_model, run_of
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
@@ -202,48 +201,26 @@ def shown(row: dict) -> str:
 # ---------------------------------------------------------------- The table
 
 
-def gold_at(points, kl) -> float:
-    """The gold reward where a run's path first reaches that KL, on a line between evaluations; its end if never."""
-    for before, after in itertools.pairwise(points):
-        if after["kl"] >= kl:
-            part = (kl - before["kl"]) / (after["kl"] - before["kl"])
-            return before["gold"] + part * (after["gold"] - before["gold"])
-    return points[-1]["gold"]
-
-
-def lead(group, others) -> str:
-    """Difference of the mean gold rewards at equal KL, and its standard error. That KL is the lower mean final one."""
-    kl = min(statistics.fmean(row["kl"] for row in rows) for rows in (group, others))
-    golds = [[gold_at(row["points"], kl) for row in rows] for rows in (group, others)]
-    error = sum(statistics.variance(values) / len(values) for values in golds) ** 0.5
-    return f"{statistics.fmean(golds[0]) - statistics.fmean(golds[1]):+.2f} ± {error:.2f}"
-
-
-def table(results, task) -> str:
+def table(results: list[dict], task: str) -> str:
     """Mean ± standard deviation over the seeds, at the end; the first line is the policy from which all start."""
-    columns = dict(gold="gold reward", reward="reward", kl="KL", win_rate="win rate", greedy_gold="greedy gold")
-    columns |= dict(length="tokens", cpu_seconds="CPU seconds", peak_memory_mb="peak MB")
-    digits = dict(kl=1, length=1, cpu_seconds=0, peak_memory_mb=0)
-    flags = {"--learning-rate": "learning rate", "--kl-coef": "KL coefficient", "--beta": "β"}
-    groups = {method: final_rows(results, task, method) for method in METHODS | SIZES}
-    groups = {method: rows for method, rows in groups.items() if rows}
-    remax = groups.get("remax", [])
+    columns = dict(gold="gold reward", kl="KL", win_rate="win rate", greedy_gold="greedy gold", length="tokens")
+    columns |= dict(cpu_seconds="CPU seconds")
+    digits = dict(kl=1, length=1, cpu_seconds=0)
 
-    def cells(title: str, ends: list[dict]) -> list[str]:
+    def cells(ends: list[dict]) -> list[str]:
         values = {name: [end[name] for end in ends if name in end] for name in columns}
-        return [title, *(with_spread(values[name], digits.get(name, 2)) for name in columns)]
+        return [with_spread(values[name], digits.get(name, 2)) for name in columns]
 
     lines = []
-    for method, rows in groups.items():
-        if not lines:
-            lines.append(cells("before", [rows[0]["points"][0]]) + [""] * (1 + len(flags)))
-        comparable = method != "remax" and min(len(rows), len(remax)) > 1
-        numbers = [flag(rows[0]["flags"], name) for name in flags]
-        line = cells(f"{method} ({len(rows)} seeds)", rows)
-        line.append(lead(rows, remax) if comparable else "")
-        line += ["" if number is None else f"{number:g}" for number in numbers]
-        lines.append(line)
-    return markdown_table(["method", *columns.values(), "gold − ReMax's, at equal KL", *flags.values()], lines)
+    for method in METHODS:
+        rows = final_rows(results, task, method)
+        if rows and not lines:
+            lines.append(["before", *cells([rows[0]["points"][0]]), "", ""])
+        if rows:
+            setting = setting_of(rows[0])
+            restraint = "" if setting.restraint is None else f"{setting.restraint:g}"
+            lines.append([TITLES[method], *cells(rows), f"{setting.learning_rate:g}", restraint])
+    return markdown_table(["method", *columns.values(), "learning rate", "KL coefficient or β"], lines)
 
 
 def envelope(results: list[dict], task: str, method: str) -> list[dict]:
@@ -266,7 +243,7 @@ def envelope_table(results: list[dict], task: str) -> str:
             golds = [end["gold"] for end in upper if end["kl"] <= limit]
             cells.append(f"{golds[-1]:.2f}" if golds else "–")
         if upper:
-            lines.append([method, *cells, str(len(tuning_rows(results, task, method)))])
+            lines.append([TITLES[method], *cells, str(len(tuning_rows(results, task, method)))])
     return markdown_table(["method", *(f"≤ {limit} nats" for limit in KL_LIMITS), "runs"], lines)
 
 

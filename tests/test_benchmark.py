@@ -298,16 +298,6 @@ def test_normalised_advantages_have_mean_0_and_deviation_1_over_all_real_tokens(
     assert result.returncode == 2 and "holds all rows of an update" in result.stderr
 
 
-def test_gold_rewards_are_compared_at_equal_kl():
-    import tuned
-
-    points = [dict(kl=0.0, gold=0.0), dict(kl=2.0, gold=0.5), dict(kl=1.0, gold=0.6), dict(kl=4.0, gold=0.9)]
-    assert [tuned.gold_at(points, kl) for kl in (0.5, 2, 3, 5)] == pytest.approx([0.125, 0.5, 0.8, 0.9])
-    far = [dict(kl=4.0, points=points), dict(kl=4.0, points=points)]
-    near = [dict(kl=1.0, points=[dict(kl=0.0, gold=0.0), dict(kl=1.0, gold=gold)]) for gold in (0.1, 0.3)]
-    assert tuned.lead(near, far) == "-0.05 ± 0.10" and tuned.lead(far, near) == "+0.05 ± 0.10"
-
-
 @pytest.mark.slow
 def test_a_step_that_does_not_end_is_killed_and_leaves_its_row(tmp_path):
     """The program below ignores the first signal, as a script does until its update ends."""
@@ -432,22 +422,19 @@ def test_adapters_take_2_bytes_of_a_frozen_weight_and_20_of_a_trained_one():
     assert both["trained"] == parts["trained"]
 
 
-def test_the_benchmark_s_table_of_tuned_restraints_is_that_of_its_rows():
+def test_the_tables_of_tuned_methods_are_those_of_the_rows():
     import tuned
 
     page = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
     results = rows.read_rows(rows.RESULTS / "restraints.jsonl")
     for task in ("reviews", "rule"):
-        for method, name in dict(remax="ReMax", grpo="GRPO, N = 8").items():
+        assert tuned.table(results, task) in page
+        assert tuned.envelope_table(results, task) in page
+        for method in {row["method"] for row in results if row["task"] == task and not row["tuning"]}:
             ends = tuned.final_rows(results, task, method)
-            setting = tuned.tuning_step(results, task, method).chosen
-            assert len(ends) == 5 and tuned.setting_of(ends[0]) == setting
-            values = {key: [end[key] for end in ends] for key in ends[0]}
-            cells = [rows.with_spread(values["gold"]), rows.with_spread(values["kl"], 1)]
-            cells += [rows.with_spread(values["win_rate"]), rows.with_spread(values["greedy_gold"])]
-            cells += [rows.with_spread(values["length"], 1), rows.with_spread(values["cpu_seconds"], 0)]
-            line = " | ".join([f"{task}, {name}", *cells, f"{setting.learning_rate:g}", f"{setting.restraint:g}"])
-            assert f"| {line} |" in page
+            assert len(ends) == 5
+            assert tuned.setting_of(ends[0]) == tuned.tuning_step(results, task, method).chosen
+    assert tuned.table(rows.read_rows(rows.RESULTS / "tuned.jsonl"), "imdb") in page
 
 
 def test_the_benchmark_s_table_of_adapters_is_that_of_its_rows():
@@ -527,7 +514,7 @@ def test_tuned_runs_its_grid_then_the_chosen_setting_and_repeats_to_the_same_num
     assert b[8]["points"][0]["kl"] == pytest.approx(0, abs=1e-4) and b[8]["points"][0]["win_rate"] == 0.5
     monkeypatch.setattr(sys, "argv", [*flags, "--table", "--results", str(tmp_path / "b")])
     tuned.main()
-    assert "| remax (1 seeds) |" in capfd.readouterr().out
+    assert "| ReMax |" in capfd.readouterr().out
 
 
 KEYS = ("task", "method", "seed", "tuning", "commit", "script", "flags")

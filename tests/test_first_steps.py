@@ -68,7 +68,7 @@ def warnings_of(row, but=()) -> set[str]:
 
 
 def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
-    """Without its KL penalty the first run is gamed on four of five seeds or more; with it, on none, and it ends well."""
+    """Without its KL penalty the first run is gamed on four of five seeds or more; with it, on none."""
     lines = (ROOT / "benchmark/results/first_run.jsonl").read_text().splitlines()
     gamed = 0
     for row in map(json.loads, lines):
