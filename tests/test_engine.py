@@ -38,6 +38,7 @@ from workers.engine_worker import (
     POISONS,
     PlainWeights,
     as_policy,
+    bfloat16_gradients,
     copy_weights,
     data,
     loss_of,
@@ -137,6 +138,35 @@ def test_bfloat16_trains_float32_master_weights(zero_stage, restart):
     assert (share_of_equal_weights(found, never_restarted.named) > 0.9) == (restart is None)
 
 
+def assert_rounded_sum(found, rows_BN, eps):
+    """The sum of the rows, where each addition has rounded by `eps` at most."""
+    bound_N = len(rows_BN) * eps * rows_BN.abs().sum(0)
+    assert ((found - rows_BN.sum(0)).abs() <= bound_N).all()
+
+
+@pytest.mark.parametrize(
+    "kind, zero_stage, more",
+    [
+        ("gpt2", 0, {}),
+        ("llama", 0, {}),
+        ("llama", 2, dict(offload=True)),
+        ("llama", 3, dict(gradient_checkpointing=True)),
+    ],
+)
+def test_micro_batches_change_bfloat16_gradients_by_rounding_alone(kind, zero_stage, more):
+    """A row at a time is computed as if it were alone, and only the sum is rounded: by 2^-9 in bfloat16, else by 2^-24.
+
+    With several rows at a time each of the operations before the sum may be rounded to the other side, too.
+    """
+    rows_BN, (one, *several) = bfloat16_gradients(kind, zero_stage, [1, 2, 4, 8], **more)
+    assert_rounded_sum(one, rows_BN, 2**-9 if zero_stage == 0 else 2**-24)
+    bound = ROUNDED_GRADIENT * rows_BN.norm(dim=1).sum()
+    for gradient in several:
+        assert (gradient - rows_BN.sum(0)).norm() <= bound
+    for rows, _ in common.micro_batches(data()[3].sum(1), 4):
+        assert rows_BN[rows].sum(0).norm() > bound  # a half that is lost would show
+
+
 def test_two_ranks_equal_plain_torch():
     cases = [(0, 8), (0, 1), (1, 3), (2, 2), (3, 3)]
     cases = [dict(zero_stage=stage, micro_batch_size=micro) for stage, micro in cases]
@@ -145,6 +175,8 @@ def test_two_ranks_equal_plain_torch():
     for case, results in zip(cases, found["cases"]):
         for kind, values in results.items():
             assert_same(values, with_plain_torch(tiny_model(kind), restart=case.get("restart")))
+    for rows_BN, (gradient,) in found["bfloat16"]:  # ranks add their sums in bfloat16
+        assert_rounded_sum(gradient, rows_BN, 2**-9)
     # ZeRO-3 with several chunks of logits, which both ranks take in equal number: else the first of them hangs.
     assert found["widths"] == [(12, 12), (1, 1)] * 2
     clean = with_plain_torch(tiny_model("llama"), updates=2)

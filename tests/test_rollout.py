@@ -290,6 +290,37 @@ def test_logprobs_match_a_slow_reference_whatever_the_padding(model, temperature
     torch.testing.assert_close(found.double(), slow_logprobs(model, temperature), atol=1e-4, rtol=1e-4)
 
 
+def test_padding_in_bfloat16(model):
+    """Its ids change no bit, of gradients neither. Its width and the type change log-probabilities by rounding alone.
+
+    Some 40 operations lie between the ids and the logits. Each rounds by 2^-9, and two logits make a log-probability.
+    """
+    for p in model.parameters():  # not buffers, such as rotary frequencies
+        p.data = p.data.bfloat16()
+    found = {}
+    for width in (5, 8):
+        for pad in (0, 1, 7):
+            prompts = torch.full((3, width), pad)
+            mask = torch.zeros(3, width, dtype=torch.long)
+            for i, prompt in enumerate(PROMPTS):
+                prompts[i, -len(prompt) :] = torch.tensor(prompt)
+                mask[i, -len(prompt) :] = 1
+            model.zero_grad()
+            logprobs = logprobs_of(policy_of(model, 0.7).engine, prompts, mask, RESPONSES)
+            logprobs.sum().backward()
+            gradients = [p.grad.clone() for p in model.parameters()]
+            found[width, pad] = [logprobs.detach(), *gradients]
+            assert all(torch.equal(x, y) for x, y in zip(found[width, pad], found[width, 0], strict=True))
+    model = model.float()
+    with torch.no_grad():
+        expected = slow_logprobs(model, 0.7).float()
+        largest = max(model(torch.tensor([prompt])).logits.abs().max() for prompt in PROMPTS).item()
+    bound = 2 * 40 * 2**-9 * largest / 0.7
+    for width in (5, 8):
+        assert (found[width, 0][0] - expected).abs().max() < bound
+    assert (expected - expected[[1, 2, 0]]).abs().max() > 2 * bound  # else this shows nothing
+
+
 def test_log_ratios_of_pairs_are_those_of_transformers_whatever_the_padding(model):
     """Prompts are padded on the left and responses on the right, to the longest of the pairs that come together."""
     start_backend()

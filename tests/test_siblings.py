@@ -125,7 +125,11 @@ def test_flags_come_in_the_same_order_everywhere():
     assert not FLAGS["reward_model"].keys() - FLAGS["dpo"].keys()
 
 
+EVERYWHERE = " ".join(list(SCRIPTS)[1:])
 SECTIONS = [
+    ("    backend = common.start_processes(", "\n    )\n", EVERYWHERE),
+    ("    scoring = dict(", "\n    )\n", " ".join(ROLLOUTS[1:])),
+    ("    sampling = common.Sampling(", "\n    )\n", " ".join(ROLLOUTS[1:])),
     ("        metrics = dict(episodes", "        if eval_prompts and (update % args", "reinforce ppo grpo"),
     ("        if eval_prompts and (update % args", "\n    # 7. Save", " ".join(ROLLOUTS[1:])),
     ("    # 7. Save, and check", "\nif __name__", " ".join(ROLLOUTS[1:])),

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 
 UPDATES, BATCH, EVAL, MAX_PROMPT, LENGTH = 4, 6, 5, 9, 12
-RATES = (0.5, 1.0, 1.0, 0.5)  # linear, over four steps of which two are warm-up
-RATE, VALUE_RATE, TEMPERATURE, GAMMA, KL_COEF, PENALTY = 2e-3, 3e-3, 0.8, 0.97, 0.1, 1.5
+SEED, RATES = 3, (0.5, 1.0, 1.0, 1.0)  # constant, over four steps of which two are warm-up
+RATE, VALUE_RATE, TEMPERATURE, GAMMA, KL_COEF, PENALTY = 1.5e-3, 3e-3, 0.8, 0.97, 0.1, 1.5
 FLAGS = f"""
     --batch-size {BATCH} --eval-every 3 --eval-size {EVAL} --max-prompt-length {MAX_PROMPT} --micro-batch-size 4
-    --learning-rate {RATE} --lr-schedule linear --warmup-ratio 0.5
+    --learning-rate {RATE} --lr-schedule constant --warmup-ratio 0.5 --seed {SEED}
 """.split()
 ROLLOUT_FLAGS = f"""
     --response-length {LENGTH} --temperature {TEMPERATURE} --missing-eos-penalty {PENALTY} --rollout-batch-size 4
@@ -59,6 +59,7 @@ def record(script, flags, folder) -> Recorded:
         if not eos_ids:  # the check of a model that was loaded
             return tokens_RT
         rows = [row[: row.index(0) + 1] if 0 in row else row for row in tokens_RT.tolist()]  # EOS is 0
+        assert tokens_RT.shape[1] == LENGTH
         prompts = [ids[mask == 1].tolist() for ids, mask in zip(prompts_BP, prompt_mask_BP)]
         for i, prompt in enumerate(prompts):
             sampled = rows[i * num_samples : (i + 1) * num_samples]
@@ -71,6 +72,7 @@ def record(script, flags, folder) -> Recorded:
 
     def shuffled_batch(*args):
         batches.append(functions["shuffled_batch"](*args))
+        assert len(batches[-1]) == BATCH
         return batches[-1]
 
     def recorded_randperm(*args, **kwargs):
@@ -598,8 +600,8 @@ def test_spr_token(tmp_path, data):
                 loss += ((q - returns[i]) ** 2 + 2 * beta**2 * (exponential - z - 1)).sum() / tokens
             loss.backward()
             value_losses.append(loss.item())
-            half = len(value_parts) // 2  # the warm-up
-            rate = min((step + 1) / half, 1 - max(0, step - half) / half)
+            warmup = len(value_parts) // 2
+            rate = min((step + 1) / warmup, 1)
             value_norms.append(clipped_step(value, optimizer, VALUE_RATE * rate, max_grad_norm))
 
         def weights_of(row):
@@ -665,11 +667,11 @@ def test_reward_model(tmp_path):
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[500:520]))
     pairs, flags = write(tmp_path / "pairs.jsonl", pairs[:440:40])
     flags += ["--eval-dataset", tmp_path / "held_out.jsonl", "--total-episodes", UPDATES * BATCH]
-    recorded = record("reward_model", [*flags, "--max-grad-norm", "2", "--seed", "3"], tmp_path / "r")
+    recorded = record("reward_model", [*flags, "--max-grad-norm", "2"], tmp_path / "r")
     held_out = rows_of(tmp_path / "held_out.jsonl")[:EVAL]
 
     model = AutoModelForSequenceClassification.from_pretrained(EXAMPLE / "policy", num_labels=1)
-    torch.manual_seed(3)
+    torch.manual_seed(SEED)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(96 + 1))
     optimizer = adamw(model, RATE)
 
@@ -725,7 +727,7 @@ def test_reward_model(tmp_path):
     assert config["reward_mean"] == pytest.approx(chosen, abs=1e-4)
 
 
-def test_dpo(tmp_path):
+def test_dpo(tmp_path, capsys):
     beta, max_grad_norm = 0.4, 1.0
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "policy")
 
@@ -736,7 +738,8 @@ def test_dpo(tmp_path):
     lengths = [max(len(ids_of(row[name])) for name in ("chosen", "rejected")) for row in rows]
     short, long = ([row for row, n in zip(rows, lengths) if n in kept] for kept in (range(LENGTH + 1), [LENGTH + 1]))
     prompts = rows_of(EXAMPLE / "prompts_test.jsonl")
-    held_out, more = write(tmp_path / "held_out.jsonl", [row | p for row, p in zip(short[-EVAL:], prompts)])
+    held_out, more = write(tmp_path / "held_out.jsonl", [row | p for row, p in zip(short[-EVAL - 2 :], prompts)])
+    held_out = held_out[:EVAL]
     pairs, flags = short[:30], write(tmp_path / "pairs.jsonl", [*long[:2], *short[:30]])[1]  # long ones are dropped
     flags += ["--eval-dataset", more[1], "--total-episodes", UPDATES * BATCH, "--response-length", LENGTH]
     flags += ["--gold-reward-function", EXAMPLE / "sentiment.py:reward", "--beta", beta]
@@ -757,10 +760,12 @@ def test_dpo(tmp_path):
     def evaluation():
         texts = [(pair["prompt"], pair[name]) for pair in held_out for name in ("chosen", "rejected")]
         rewards = [beta * log_ratio(*text).item() for text in texts]
+        margins = [a - b for a, b in zip(rewards[::2], rewards[1::2])]
+        certainties.append([1 / (1 + math.exp(-abs(margin))) for margin in margins])
         logprobs = [logprob(policy, *text).item() for text in texts]
         lengths = [float(len(ids_of(response))) for _, response in texts]
         return dict(
-            **accuracy_metrics([a - b for a, b in zip(rewards[::2], rewards[1::2])]),
+            **accuracy_metrics(margins),
             eval_chosen_logprob=mean(logprobs[::2]),
             eval_rejected_logprob=mean(logprobs[1::2]),
             eval_score=mean(rewards),
@@ -768,6 +773,7 @@ def test_dpo(tmp_path):
             eval_length_correlation=statistics.correlation(rewards, lengths) if any(rewards) else None,
         )
 
+    certainties = []
     metrics, drawn = [second.evaluated({}, 0, UPDATES) | evaluation()], []
     for update in range(1, UPDATES + 1):
         batch = [(pair.prompt.text, *pair.responses) for pair in recorded.batches[update - 1]]
@@ -789,6 +795,10 @@ def test_dpo(tmp_path):
         (row["prompt"], row["chosen"], row["rejected"]) for row in pairs
     }  # the others need no log π_ref
     assert not second.rollouts
+    table = [line for line in capsys.readouterr().out.splitlines() if line[3:7] == " to "]  # 0.5 to 0.6, 0.6 to 0.7, …
+    counts = [int(line.split()[3]) for line in table]
+    tenths = [min(int(10 * certainty), 9) for certainty in certainties[-1]]
+    assert counts == [tenths.count(i) for i in range(5, 10)] and counts[0] < EVAL
     assert 0 < metrics[-1]["accuracy"] <= 1 and metrics[-1]["eval_margin"] != 0
     assert_telling(metrics, max_grad_norm, [])
     assert_agree(recorded, metrics, second.samples, policy.state_dict())

@@ -2,6 +2,7 @@
 
 import torch
 from conftest import logprobs_of, policy_of, start_backend, tiny_model
+from deepspeed.utils import safe_get_full_grad
 
 import common
 import remax
@@ -119,6 +120,30 @@ def with_the_engine(model, zero_stage=0, micro_batch_size=ROWS, updates=5, poiso
         return norms, {name: p.detach().clone() for name, p in model.named_parameters()}, skips
 
 
+def bfloat16_gradients(kind, zero_stage, micro_batch_sizes, **flags) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The engine's gradients over all ranks -> (those of each row alone, those of all rows by micro-batch size)."""
+    backend = start_backend(zero_stage=zero_stage, dtype="bfloat16", **flags)
+    rank, world_size = backend.rank, backend.world_size
+    engine = common.train_engine(as_policy(tiny_model(kind)).engine, backend, MAX_GRAD_NORM)
+    batch = [x[rank::world_size] for x in data()]
+
+    def gradient_of(chunks, weight=1.0):
+        for i, chunk in enumerate(chunks, start=1):
+            loss = weight * loss_of(engine, chunk, batch, ROWS // world_size)
+            common.backward(engine, loss, i == len(chunks))
+        gradient = torch.cat([safe_get_full_grad(p).flatten().double() for p in engine.module.parameters()])
+        common.optimizer_step(engine, learning_rate=0.0)  # the weights stay
+        return gradient
+
+    alone = []
+    for row in range(ROWS):
+        alone.append(gradient_of([[row // world_size]], weight=float(row % world_size == rank)))
+    together = []
+    for size in micro_batch_sizes:
+        together.append(gradient_of([chunk for chunk, _ in common.micro_batches(batch[3].sum(1), size)]))
+    return torch.stack(alone), together
+
+
 def rollout_and_train(model) -> list:
     """ZeRO-3 with sharded embeddings, ranks whose responses end at different lengths, and several chunks of logits."""
     backend = start_backend(zero_stage=3)
@@ -151,5 +176,6 @@ def on_this_rank(cases: list[dict]) -> dict:
             for zero_stage in range(4)
             for poison in POISONS
         ],
+        bfloat16=[bfloat16_gradients("llama", zero_stage, [1]) for zero_stage in (0, 2)],
         widths=rollout_and_train(tiny_model("llama", vocab_size=4000)),
     )
