@@ -138,6 +138,49 @@ def test_only_opo_s_own_sample_biases_the_gradient():
         assert found_A.norm() < 0.8 * exact_A.norm() or name != "opo"
 
 
+def test_the_share_without_a_signal_is_that_of_tied_groups():
+    import learning_signal
+    import torch
+
+    success_XN = torch.rand(3, 40_000, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.5], [0.9], [0]])
+    shares = learning_signal.without_signal(success_XN.float(), torch.tensor([1.0, 1.0, 0.0]))
+    for name, size in dict(grpo=8, rloo=4).items():
+        expected = [2 * 0.5**size, 0.9**size + 0.1**size, 1]
+        assert shares[name].tolist() == pytest.approx(expected, abs=0.02)
+    assert shares["remax"].tolist() == pytest.approx([0.5, 0.9, 1], abs=0.02)  # a sample equals the greedy response
+
+
+def test_shorter_runs_and_their_settings_come_from_tuned_s_rows(tmp_path):
+    import learning_signal
+    import tasks
+    import tuned
+
+    files = [tmp_path / "new", tmp_path / "old"]
+    for path, methods in zip(files, (("remax",), ("remax", "reinforce"))):
+        for method in methods:
+            run = tasks.run_of(
+                "rule", method, choice.Setting(1e-3 if path == files[1] else 3e-4, 0.05), 1, tuning=False
+            )
+            rows.append_row(path, run.row("abc1234"))
+    found = [learning_signal.setting(files, method) for method in ("remax", "reinforce", "grpo")]
+    assert found == [(3e-4, 0.05), (1e-3, 0.05), (1e-3, 0.05)]
+    run = tasks.run_of("rule", "remax", found[0], 2, tuning=False)
+    assert "--total-episodes 1600 " in learning_signal.part_of(run, 0.5).flags
+    assert tuned.setting_of(learning_signal.part_of(run, 0.5).row("")) == found[0]
+
+
+def test_gold_rewards_of_long_runs_are_read_on_the_line_between_points():
+    import long_runs
+
+    points = [dict(reward=r, kl=kl, gold=gold) for r, kl, gold in ((0, 0, 0.0), (2, 10, 0.6), (4, 30, 0.2))]
+    assert long_runs.gold_where(dict(points=points), "reward", 3) == pytest.approx([0.4])
+    assert long_runs.gold_where(dict(points=points), "kl", 5) == pytest.approx([0.3])
+    assert long_runs.gold_where(dict(points=points), "kl", 31) == []
+    row = dict(task="t", method="m", flags="--learning-rate 0.001 --kl-coef 0.0125", points=points, length=9)
+    line = long_runs.table([row | points[-1]]).splitlines()[-1]
+    assert "| 0.60 | 2.00 | 10.0 | 0.20 | 4.00 | 30.0 | 0.40 | 9 |" in line
+
+
 @dataclasses.dataclass
 class Trial:
     """A method's grid as choice.py sees it; gold reward and KL are functions of the setting and the seed."""
