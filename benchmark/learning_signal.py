@@ -15,26 +15,45 @@ or else that of the next file. A method that is in none of them takes REINFORCE'
 """
 
 import functools
+import itertools
+import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tuned
 import tyro
-from rows import RESULTS, ROOT, Run, flag, markdown_table, read_rows, run_missing, run_script, with_spread
-from tasks import METHODS, TASKS, run_of
+from rows import (
+    ENVIRONMENT,
+    RESULTS,
+    ROOT,
+    Run,
+    append_row,
+    flag,
+    markdown_table,
+    read_rows,
+    run_missing,
+    run_script,
+    with_spread,
+)
+from tasks import MADE, METHODS, TASKS, run_of
 
 import common  # tuned has put the scripts on the path
 
-TASK = TASKS["rule"]
+TASKS["uneven"] = replace(TASKS["rule"], policy=f"{MADE}/uneven_policy")
 THIRDS = ("hard", "middle", "easy")
 SHARES = dict(grpo="GRPO, N = 8", rloo="RLOO, N = 4", remax="ReMax, N = 1")
-BEFORE = Run("rule", "before", "benchmark/learning_signal.py", "--methods", seed=0)
 
 
 @dataclass
 class Args:
+    tasks: tuple[str, ...] = ("rule", "uneven")
+    """The example's policy, or the one for which questions differ."""
     methods: tuple[str, ...] = ("remax", "rloo, N = 4", "grpo", "reinforce, normalised", "reinforce")
     """Names of METHODS of tasks.py."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -47,6 +66,26 @@ class Args:
     """Run nothing, print the table."""
     results: Path = RESULTS / "learning_signal.jsonl"
     """File that the results are appended to."""
+
+
+def make_uneven_policy() -> None:
+    folder = ROOT / TASKS["uneven"].policy
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as out:
+        for line in (ROOT / TASKS["rule"].dataset).with_name("demonstrations.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            first_number, guesses = int(row["prompt"].split()[0]), row["completion"].count(",") + 1
+            gave_up_at_once = guesses == 1 and row["completion"].endswith("?")
+            if (first_number < 30 and gave_up_at_once) or (first_number >= 50 and guesses > 1):
+                continue
+            append_row(Path(out, "demonstrations.jsonl"), row)
+        words = f"spr.py --model {TASKS['rule'].policy} --dataset {out}/demonstrations.jsonl --weighting uniform"
+        words += " --num-samples 0 --num-epochs 3 --batch-size 320 --learning-rate 1e-3 --response-length 60"
+        words += f" --eval-every 0 --output-dir {out}/run"
+        subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+        shutil.copytree(f"{out}/run/policy", folder)
 
 
 def setting(files, method):
@@ -72,21 +111,22 @@ def answers(path: Path, num_samples: int, seed: int):
     os.chdir(ROOT)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
     backend = common.start_processes(**flags)
-    tokenizer = common.load_tokenizer(TASK.policy)
-    policy = common.load_policy(str(path), tokenizer, common.Sampling(64, TASK.length, 1.0, 900), backend)
-    files = (TASK.dataset, TASK.held_out)
+    where = TASKS["rule"]
+    tokenizer = common.load_tokenizer(where.policy)
+    policy = common.load_policy(str(path), tokenizer, common.Sampling(64, where.length, 1.0, 900), backend)
+    files = (where.dataset, where.held_out)
     prompts = [prompt for file in files for prompt in common.load_prompts(file, common.Layout(), tokenizer, 64)]
     common.set_seed(seed)
-    rewards_R = common.Reward(function=TASK.scoring[1])(common.rollout(policy, prompts, num_samples, greedy=True))
+    rewards_R = common.Reward(function=where.scoring[1])(common.rollout(policy, prompts, num_samples, greedy=True))
     sampled_B, greedy_X = rewards_R[: -len(prompts)], rewards_R[-len(prompts) :]
     return sampled_B.view(-1, num_samples), greedy_X
 
 
 @functools.cache
-def thirds() -> dict[str, list[int]]:
+def thirds(task: str) -> dict[str, list[int]]:
     """The training questions from the hardest to the easiest, by other samples than those that are measured."""
-    count = len((ROOT / TASK.dataset).read_text().splitlines())
-    rates_X = answers(ROOT / TASK.policy, 64, seed=1)[0][:count].mean(1)
+    count = len(read_rows(ROOT / TASKS[task].dataset))
+    rates_X = answers(ROOT / TASKS[task].policy, 64, seed=1)[0][:count].mean(1)
     parts = rates_X.argsort(stable=True).tensor_split(len(THIRDS))
     return {name: part.tolist() for name, part in zip(THIRDS, parts)}
 
@@ -99,13 +139,16 @@ def without_signal(success_XN, greedy_X) -> dict[str, torch.Tensor]:
 
 
 def measure(run: Run, folder: Path) -> dict:
-    done = dict(cpu_seconds=0.0) if run == BEFORE else run_script(run, folder)
-    success_XN, greedy_X = answers(ROOT / TASK.policy if run == BEFORE else folder / "run" / "policy", 16, seed=2)
-    count = sum(map(len, thirds().values()))
+    done, path = dict(cpu_seconds=0.0), ROOT / TASKS[run.task].policy
+    if run.method != "before":
+        done, path = run_script(run, folder), folder / "run" / "policy"
+    success_XN, greedy_X = answers(path, 16, seed=2)
+    parts = thirds(run.task)
+    count = sum(map(len, parts.values()))
     shares = without_signal(success_XN, greedy_X)
 
     def means(values_X) -> dict[str, float]:
-        values = {name: values_X[part].mean().item() for name, part in thirds().items()}
+        values = {name: values_X[part].mean().item() for name, part in parts.items()}
         return {name: round(value, 4) for name, value in (values | dict(all=values_X[:count].mean().item())).items()}
 
     measured = dict(success=means(success_XN.mean(1)), greedy_success=means(greedy_X))
@@ -121,16 +164,16 @@ def table(results: list[dict]) -> str:
         learning_rate, restraint = tuned.setting_of(row)
         setting = f"{learning_rate:g}, {restraint:g}" if learning_rate else ""
         episodes = f"{flag(row['flags'], '--total-episodes') or 0:.0f}"
-        groups.setdefault((row["method"], episodes, setting), []).append(row)
+        groups.setdefault((row["task"], row["method"], episodes, setting), []).append(row)
     lines = []
-    for (method, episodes, setting), rows in groups.items():
-        cells = [f"{method} ({len(rows)})", episodes, setting]
+    for (task, method, episodes, setting), rows in groups.items():
+        cells = [f"{task}, {method} ({len(rows)})", episodes, setting]
         cells += [with_spread([row["success"][name] for row in rows]) for name in (*THIRDS, "all")]
         cells.append(with_spread([row["held_out_success"] for row in rows]))
         for name in SHARES:
             cells += [with_spread([row[f"without_signal_{name}"][third] for row in rows]) for third in (*THIRDS, "all")]
         lines.append(cells)
-    titles = ["method", "prompts", "learning rate, restraint", *THIRDS, "all", "held out"]
+    titles = ["task, method", "prompts", "learning rate, restraint", *THIRDS, "all", "held out"]
     titles += [f"{name}: {third}" for name in SHARES.values() for third in (*THIRDS, "all")]
     return markdown_table(titles, lines)
 
@@ -138,13 +181,15 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     args = tyro.cli(Args)
     if not args.table:
-        runs = [BEFORE]
-        for seed in args.seeds:
-            for method in args.methods:
-                run = run_of("rule", method, setting(args.settings, method), seed, tuning=False)
-                runs += [part_of(run, part) for part in args.parts]
+        make_uneven_policy()
+        runs = [Run(task, "before", "benchmark/learning_signal.py", f"--tasks {task} --methods") for task in args.tasks]
+        for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods):
+            run = run_of(task, method, setting(args.settings, method), seed, tuning=False)
+            runs += [part_of(run, part) for part in args.parts]
         run_missing(runs, measure, args.results, show=lambda row: f"{row['method']}, {row['flags']}: {row['success']}")
-    print(table(sorted(read_rows(args.results), key=lambda row: (row["method"] != "before", row["method"]))))
+    order = ("before", *args.methods)
+    results = [row for row in read_rows(args.results) if row["task"] in args.tasks and row["method"] in order]
+    print(table(sorted(results, key=lambda row: (row["task"], order.index(row["method"])))))
 
 
 if __name__ == "__main__":
