@@ -2,12 +2,13 @@
 
     python benchmark/gradient_variance.py [--tasks reviews rule] [--batches 50]
 
-Policies: the initial one, and those after 1,600 and 3,200 prompts of ReMax at its setting in tuned.jsonl (two runs,
-made in runs/benchmark). For each policy it takes many batches of 64 prompts with one sampled and one greedy response
-each, and their gradients by remax.py's `advantages` and `policy_loss` with each baseline; and as many batches of RLOO
-that generate as many responses (32 prompts, four samples each). It prints the trace of each gradient's covariance,
-divided by the trace without a baseline, with a bootstrap interval over batches. Appends to
-benchmark/results/gradient_variance.jsonl.
+Policies: the initial one, and those after 1,600 and 3,200 prompts of ReMax at its setting in restraints.jsonl (two
+runs, made in runs/benchmark). For each policy it takes many batches of 64 prompts with one sampled and one greedy
+response each, and their gradients by remax.py's `advantages` and `policy_loss` with each baseline; and as many batches
+that generate as many responses, 32 prompts with four samples each, for the baselines that are made of siblings: RLOO,
+OPO and shrinkage. It prints the trace of each gradient's covariance, divided by the trace without a baseline, with a
+bootstrap interval over batches, and the squared length of the expected gradient, divided likewise: 1 for an unbiased
+gradient but for the noise of this estimate. Appends to benchmark/results/gradient_variance.jsonl.
 """
 
 import subprocess
@@ -58,9 +59,56 @@ def baselines(rewards_B, greedy_B) -> dict[str, torch.Tensor]:
     }
 
 
+def opo(rewards_B, lengths_B, num_samples) -> torch.Tensor:
+    """OPO (arXiv 2505.23585), Σ_j l_j r_j / Σ_j l_j over a prompt's N samples -> baselines_B.
+
+    That is the baseline of least variance if a gradient's squared length grows with the response's length l and is
+    independent of its reward. Sample i's own reward is in its baseline, so the gradient is biased: with equal lengths
+    it is (N − 1) / N of the unbiased one, and for that reason alone its variance is the square of that.
+    """
+    rewards_XN, lengths_XN = rewards_B.view(-1, num_samples), lengths_B.view(-1, num_samples)  # X prompts
+    baselines_X = (lengths_XN * rewards_XN).sum(1) / lengths_XN.sum(1)
+    return baselines_X.repeat_interleave(num_samples)
+
+
+def opo_of_others(rewards_B, lengths_B, num_samples) -> torch.Tensor:
+    """The same without the sample's own reward and length, so that the gradient is unbiased -> baselines_B."""
+    rewards_XN, lengths_XN = rewards_B.view(-1, num_samples), lengths_B.view(-1, num_samples)
+    products_XN = lengths_XN * rewards_XN
+    sums_XN = products_XN.sum(1, keepdim=True) - products_XN
+    return (sums_XN / (lengths_XN.sum(1, keepdim=True) - lengths_XN)).view(-1)
+
+
+def shrinkage(rewards_B, num_samples) -> torch.Tensor:
+    """The shrinkage baseline (arXiv 2511.03710): the mean of a sample's siblings, drawn to the mean of other prompts.
+
+    b_i = (1 − λ) · mean of the other N − 1 samples + λ · mean of all samples of the other prompts -> baselines_B,
+    λ = v / (v + s). Over the other prompts, v is the mean of their rewards' variances (unbiased) divided by N, s the
+    variance of their means (not unbiased). Nothing of λ depends on the prompt's own samples, so the gradient is
+    unbiased. As in the authors' code.
+    """
+    rewards_XN = rewards_B.view(-1, num_samples)
+    means_X = rewards_XN.mean(1)
+    mean_X = mean_of_others(means_X)
+    v_X = mean_of_others(rewards_XN.var(1) / num_samples)
+    s_X = mean_of_others(means_X.square()) - mean_X.square()
+    lambda_X = v_X / (v_X + s_X.clamp(min=0) + 1e-6)
+    siblings_XN = reinforce.leave_one_out(rewards_B, num_samples).view(-1, num_samples)
+    return torch.lerp(siblings_XN, mean_X[:, None], lambda_X[:, None]).view(-1)
+
+
+def baselines_of_siblings(rewards_B, lengths_B, num_samples) -> dict[str, torch.Tensor]:
+    return {
+        "RLOO, N = 4, as many responses": reinforce.leave_one_out(rewards_B, num_samples),
+        "OPO, N = 4, as many responses": opo(rewards_B, lengths_B, num_samples),
+        "OPO without the own sample, N = 4": opo_of_others(rewards_B, lengths_B, num_samples),
+        "shrinkage, N = 4, as many responses": shrinkage(rewards_B, num_samples),
+    }
+
+
 def setting_of_remax(task) -> Setting:
     """The learning rate and KL coefficient of ReMax's final runs."""
-    return tuned.setting_of(tuned.final_rows(read_rows(RESULTS / "tuned.jsonl"), task, "remax")[-1])
+    return tuned.setting_of(tuned.final_rows(read_rows(RESULTS / "restraints.jsonl"), task, "remax")[-1])
 
 
 def trained(task, setting, episodes) -> str:
@@ -90,6 +138,12 @@ def trace_of_covariance(gram: torch.Tensor) -> torch.Tensor:
     """From the inner products of n gradients: (Σ|g|² − |Σg|²/n) / (n − 1)."""
     n = len(gram)
     return (gram.diagonal().sum() - gram.sum() / n) / (n - 1)
+
+
+def squared_length(gram: torch.Tensor) -> torch.Tensor:
+    """Of the expected gradient, unbiased: the mean inner product of two different gradients."""
+    n = len(gram)
+    return (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
 
 
 def main() -> None:
@@ -123,9 +177,10 @@ def main() -> None:
                 four = common.rollout(policy, some[::2], num_samples=4, greedy=False)
                 fours_B = reward(four)
                 ref_logprobs_BT = common.all_logprobs(reference, four, args.batch_size)
-                baselines_B = reinforce.leave_one_out(fours_B, 4)
-                vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, setting.restraint)
-                gradients.setdefault("RLOO, N = 4, as many responses", []).append(vector)
+                lengths_B = four.mask_BT.sum(1).to(fours_B)
+                for name, baselines_B in baselines_of_siblings(fours_B, lengths_B, 4).items():
+                    vector = gradient(policy, four, ref_logprobs_BT, fours_B, baselines_B, setting.restraint)
+                    gradients.setdefault(name, []).append(vector)
                 rewards.append(rewards_B)
                 greedy_rewards.append(greedy_B)
 
@@ -137,6 +192,7 @@ def main() -> None:
             whole = trace_of_covariance(grams["no baseline"])
             for name, gram in grams.items():
                 ratio = trace_of_covariance(gram) / whole
+                signal = squared_length(gram) / squared_length(grams["no baseline"])
                 draws = sorted(trace_of_covariance(gram[p][:, p]) / none for p, none in zip(picks, nones))
                 run = Run(task, name, "benchmark/gradient_variance.py", f"--tasks {task}", seed=0)
                 row = run.row(
@@ -147,6 +203,7 @@ def main() -> None:
                     ratio=ratio.item(),
                     low=draws[50].item(),
                     high=draws[1949].item(),
+                    signal=signal.item(),
                     reward=torch.cat(rewards).mean().item(),
                     reward_std=torch.cat(rewards).std().item(),
                     greedy_reward=torch.cat(greedy_rewards).mean().item(),

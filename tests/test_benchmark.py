@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import typing
@@ -39,7 +40,7 @@ def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
         # Nothing is as fast as a large product; the tiny model's products are far from it.
         assert 0 < row["product_cpu_s"] < row["floor_cpu_s"]
     ratios = {row["method"]: row["ratio"] for row in rows.read_rows(tmp_path / "variance")}
-    assert len(ratios) == 7 and ratios["no baseline"] == 1 and all(ratio > 0 for ratio in ratios.values())
+    assert len(ratios) == 10 and ratios["no baseline"] == 1 and all(ratio > 0 for ratio in ratios.values())
     assert ratios["greedy, c = 1/2"] != ratios["greedy (ReMax)"] != ratios["batch mean"]
 
 
@@ -84,6 +85,99 @@ def test_the_fitted_baseline_is_least_squares_without_the_row():
             assert fitted_baselines(changed_B, greedy_B)[i].item() == pytest.approx(baselines_B[i].item(), abs=1e-4)
     same_B = torch.ones(4)
     assert fitted_baselines(torch.tensor([0.0, 1, 2, 3]), same_B).tolist() == pytest.approx([2, 5 / 3, 4 / 3, 1])
+
+
+def test_baselines_of_siblings_are_those_of_their_papers():
+    """Against plain loops, sample by sample; rewards and lengths are drawn."""
+    import torch
+    from gradient_variance import opo, opo_of_others, shrinkage
+
+    generator = torch.Generator().manual_seed(0)
+    X, N = 5, 3
+    rewards_B = torch.randn(X * N, generator=generator, dtype=torch.float64)
+    lengths_B = torch.randint(1, 9, (X * N,), generator=generator).double()
+    rewards, lengths = rewards_B.view(X, N).tolist(), lengths_B.view(X, N).tolist()
+    for x in range(X):
+        others = [rewards[y] for y in range(X) if y != x]
+        means = [statistics.fmean(group) for group in others]
+        v = statistics.fmean(statistics.variance(group) / N for group in others)
+        part = v / (v + statistics.pvariance(means) + 1e-6)
+        for i in range(N):
+            row, js = x * N + i, [j for j in range(N) if j != i]
+            sums = [lengths[x][j] * rewards[x][j] for j in range(N)]
+            assert opo(rewards_B, lengths_B, N)[row].item() == pytest.approx(sum(sums) / sum(lengths[x]))
+            expected = sum(sums[j] for j in js) / sum(lengths[x][j] for j in js)
+            assert opo_of_others(rewards_B, lengths_B, N)[row].item() == pytest.approx(expected)
+            expected = (1 - part) * statistics.fmean(rewards[x][j] for j in js) + part * statistics.fmean(means)
+            assert shrinkage(rewards_B, N)[row].item() == pytest.approx(expected)
+
+
+def test_only_opo_s_own_sample_biases_the_gradient():
+    """By enumeration: three prompts, two samples each, responses of unequal probability, length and reward."""
+    import torch
+    from gradient_variance import opo, opo_of_others, shrinkage
+
+    logits_A = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    tables_XA = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, -1.0]], dtype=torch.float64)
+    logprobs_A, lengths_A = logits_A.log_softmax(0), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    exact_A = torch.autograd.grad((logprobs_A.exp() * tables_XA).sum(1).mean(), logits_A, retain_graph=True)[0]
+    rows_B = torch.tensor([0, 0, 1, 1, 2, 2])
+    sums = dict.fromkeys(("opo", "opo_of_others", "shrinkage"), 0.0)
+    for drawn in itertools.product(range(3), repeat=6):
+        drawn_B = torch.tensor(drawn)
+        rewards_B, lengths_B = tables_XA[rows_B, drawn_B], lengths_A[drawn_B]
+        found = dict(opo=opo(rewards_B, lengths_B, 2), opo_of_others=opo_of_others(rewards_B, lengths_B, 2))
+        found["shrinkage"] = shrinkage(rewards_B, 2)
+        probability = logprobs_A.detach()[drawn_B].sum().exp()
+        for name, baselines_B in found.items():
+            sums[name] += (probability * (rewards_B - baselines_B) * logprobs_A[drawn_B]).mean()
+    for name, surrogate in sums.items():
+        found_A = torch.autograd.grad(surrogate, logits_A, retain_graph=True)[0]
+        assert torch.allclose(found_A, exact_A, atol=1e-9) == (name != "opo")
+        assert found_A.norm() < 0.8 * exact_A.norm() or name != "opo"
+
+
+def test_the_share_without_a_signal_is_that_of_tied_groups():
+    import learning_signal
+    import torch
+
+    success_XN = torch.rand(3, 40_000, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.5], [0.9], [0]])
+    shares = learning_signal.without_signal(success_XN.float(), torch.tensor([1.0, 1.0, 0.0]))
+    for name, size in dict(grpo=8, rloo=4).items():
+        expected = [2 * 0.5**size, 0.9**size + 0.1**size, 1]
+        assert shares[name].tolist() == pytest.approx(expected, abs=0.02)
+    assert shares["remax"].tolist() == pytest.approx([0.5, 0.9, 1], abs=0.02)  # a sample equals the greedy response
+
+
+def test_shorter_runs_and_their_settings_come_from_tuned_s_rows(tmp_path):
+    import learning_signal
+    import tasks
+    import tuned
+
+    files = [tmp_path / "new", tmp_path / "old"]
+    for path, methods in zip(files, (("remax",), ("remax", "reinforce"))):
+        for method in methods:
+            run = tasks.run_of(
+                "rule", method, choice.Setting(1e-3 if path == files[1] else 3e-4, 0.05), 1, tuning=False
+            )
+            rows.append_row(path, run.row("abc1234"))
+    found = [learning_signal.setting(files, method) for method in ("remax", "reinforce", "grpo")]
+    assert found == [(3e-4, 0.05), (1e-3, 0.05), (1e-3, 0.05)]
+    run = tasks.run_of("rule", "remax", found[0], 2, tuning=False)
+    assert "--total-episodes 1600 " in learning_signal.part_of(run, 0.5).flags
+    assert tuned.setting_of(learning_signal.part_of(run, 0.5).row("")) == found[0]
+
+
+def test_gold_rewards_of_long_runs_are_read_on_the_line_between_points():
+    import long_runs
+
+    points = [dict(reward=r, kl=kl, gold=gold) for r, kl, gold in ((0, 0, 0.0), (2, 10, 0.6), (4, 30, 0.2))]
+    assert long_runs.gold_where(dict(points=points), "reward", 3) == pytest.approx([0.4])
+    assert long_runs.gold_where(dict(points=points), "kl", 5) == pytest.approx([0.3])
+    assert long_runs.gold_where(dict(points=points), "kl", 31) == []
+    row = dict(task="t", method="m", flags="--learning-rate 0.001 --kl-coef 0.0125", points=points, length=9)
+    line = long_runs.table([row | points[-1]]).splitlines()[-1]
+    assert "| 0.60 | 2.00 | 10.0 | 0.20 | 4.00 | 30.0 | 0.40 | 9 |" in line
 
 
 @dataclasses.dataclass
