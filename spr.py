@@ -104,7 +104,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at about ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

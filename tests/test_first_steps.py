@@ -77,9 +77,9 @@ def test_a_reward_that_is_gamed_is_seen_in_the_gold_reward():
         assert "gold" not in warnings_of(row, but=["gold_reward", "eval_gold_reward"])
         if row["method"] == "remax":
             assert warned == set() and row["last"] > row["best"] - 0.03 > 0.6
-        else:
+        if row["method"] == "remax, no KL penalty":
             gamed += "gold" in warned
-    assert len(lines) == 10 and gamed >= 4
+    assert len(lines) >= 10 and gamed >= 4
 
 
 def test_a_destroyed_policy_is_not_reported_as_a_success(tmp_path, capsys):
