@@ -26,7 +26,7 @@ import tasks  # noqa: E402
 import tuned  # noqa: E402
 from choice import Setting  # noqa: E402
 from fitted import fitted_baselines, mean_of_others  # noqa: E402
-from rows import ENVIRONMENT, RESULTS, Run, append_row, commit, read_rows  # noqa: E402
+from rows import ENVIRONMENT, RESULTS, Run, append_row, commit, markdown_table, read_rows  # noqa: E402
 
 import common  # noqa: E402
 import reinforce  # noqa: E402
@@ -146,6 +146,19 @@ def squared_length(gram: torch.Tensor) -> torch.Tensor:
     return (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
 
 
+def table(results: list[dict]) -> str:
+    """The newest row of each method and policy: variance relative to no baseline, with its interval."""
+    cells = {}
+    for row in results:
+        cell = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        cells[row["method"], row["task"], row["episodes"]] = "1" if row["method"] == "no baseline" else cell
+    policies = sorted({(task, episodes) for _, task, episodes in cells})
+    methods = dict.fromkeys(method for method, _, _ in cells)
+    titles = [f"{task}, {episodes or 'initial'}" for task, episodes in policies]
+    lines = [[method, *(cells[method, *policy] for policy in policies)] for method in methods]
+    return markdown_table(["baseline", *titles], lines)
+
+
 def main() -> None:
     args = tyro.cli(Args)
     flags = dict(dtype="float32", attention="sdpa", zero_stage=0, offload=False, gradient_checkpointing=False)
@@ -210,6 +223,7 @@ def main() -> None:
                 )
                 append_row(args.results, row)
                 print(f"{task}, {episodes}: {name} {ratio:.3f} ({draws[50]:.3f} to {draws[1949]:.3f})", flush=True)
+    print("\n" + table(read_rows(args.results)))
 
 
 if __name__ == "__main__":
