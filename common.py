@@ -1535,7 +1535,8 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
         prompt.columns = {name: value for name, value in row.items() if name != layout.prompt_column}
         for column, answer in answers.items():
             prompt.answers[column] = answer if answer and answer.strip() else None
-            num_repeating += bool(answer and answer.startswith(prompt.text))
+            if answer and answer.startswith(prompt.text):
+                num_repeating += 1
         said = json.dumps([asked, answers], sort_keys=True, default=str)
         prompt.digest = hashlib.sha256(said.encode()).hexdigest()  # it stays when a file grows or its rows move
         prompts.append(prompt)
@@ -1637,7 +1638,8 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
                 num_rewritten += 1
                 turn = answer
         rows.append(encode_response(tokenizer, turn))
-        num_cut += tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token)
+        if tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token):
+            num_cut += 1
     if num_cut:
         print(f"{num_cut:,} of {column!r} hold {tokenizer.eos_token} before their end, and are cut there")
     if num_rewritten:

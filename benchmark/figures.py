@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import tuned
 from PIL import Image
 from rows import RESULTS, mean_and_spread, read_rows
-from tasks import METHODS, SIZES, TITLES
+from tasks import TITLES
 
 PARTS = dict(rollout="#2f5fa8", scoring="#a8dba8", reference="#8e6bb0", training="#f2b179", rest="#777777")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
@@ -80,28 +80,6 @@ def step_time(workloads: list[str]):
     return figure
 
 
-def memory():
-    """Peak resident memory of the scripts, with and without the imports, beside bytes per parameter; medians."""
-    runs = {}
-    for row in read("memory.jsonl"):
-        if row["task"] == "M1":
-            runs.setdefault(row["method"], []).append(row)
-    shown = [runs[name] for name in NAMES if name in runs][::-1]
-    rows = [sorted(group, key=lambda row: row["peak_rss_mb"])[len(group) // 2] for group in shown]
-    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    for y, row in enumerate(rows):
-        imports, peak = row["imports_mb"] / 1e3, row["peak_rss_mb"] / 1e3
-        axis.barh(y, imports, color="#d0d0d0")
-        axis.barh(y, peak - imports, left=imports, color="#2f5fa8")
-        label = f" {peak:.1f} GB; {row['bytes_per_parameter']:.0f} bytes per parameter"
-        axis.text(peak, y, label, va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), [NAMES[row["method"]] for row in rows], fontsize=8)
-    axis.set_xlabel("gigabytes, of which imports grey", fontsize=8)
-    axis.set_xlim(0, 11)
-    axis.set_title("peak memory of the process, GPT-2 of 124 million parameters, float32", fontsize=9)
-    return figure
-
-
 def first_run():
     """Rewards of sampled responses in the README's first command and without a KL penalty: mean and range of seeds."""
     rows = read("first_run.jsonl")
@@ -152,13 +130,6 @@ def draw(axis, runs: list[list[dict]], x: str, y: str, label: str, colour: str, 
     )
 
 
-def tuned_runs(task: str) -> dict[str, list[dict]]:
-    """Method -> the final rows of tuned.jsonl at its newest setting."""
-    results = read("tuned.jsonl")
-    runs = {method: tuned.final_rows(results, task, method) for method in METHODS | SIZES}
-    return {method: rows for method, rows in runs.items() if rows}
-
-
 def envelopes():
     """Gold reward against KL at the ends of all tuning runs: each method's upper envelope."""
     results = read("restraints.jsonl")
@@ -181,45 +152,15 @@ def envelopes():
     return figure
 
 
-def samples():
-    """SPR and Best-of-N with 4, 8 and 16 samples per prompt, beside DPO and PPO, over generated responses."""
-    runs = tuned_runs("reviews")
-    lines = {"spr, N = 4": ("SPR, N = 4", "#b59ac9", "-", "v"), "spr": ("SPR, N = 8", "#6a2c91", "-", "P")}
-    lines |= {"spr, N = 16": ("SPR, N = 16", "#2b0f3f", "-", "^")}
-    lines |= {"best-of-n, N = 4": ("Best-of-N, N = 4", "#f5b981", "--", "v")}
-    lines |= {"best-of-n": ("Best-of-N, N = 8", "#f28e2b", "--", "P")}
-    lines |= {"best-of-n, N = 16": ("Best-of-N, N = 16", "#a4540b", "--", "^")}
-    for method in ("ppo, 1 epoch", "ppo, 4 epochs"):
-        lines[method] = (TITLES[method], *STYLES[method])
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    titles = dict(gold="gold reward (−1 to 1)", win_rate="win rate over the initial policy (gold)")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for method, style in lines.items():
-            if method in runs:
-                points = [row["points"] for row in runs[method]]
-                seen = [64 * update for update in tuned.UPDATES] if method.startswith("ppo") else range(0, 6401, 1600)
-                points = [[point | dict(seen=x) for x, point in zip(seen, run, strict=True)] for run in points]
-                draw(axis, points, "seen", name, *style)
-        if "dpo" in runs:
-            mean = statistics.fmean(row[name] for row in runs["dpo"])
-            axis.axhline(mean, color="black", linewidth=0.8, linestyle="-.", label="DPO, at its end")
-        axis.set_xlabel("generated responses", fontsize=9)
-        axis.set_ylabel(title, fontsize=9)
-        axis.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
-    return figure
-
-
 def over_optimisation():
     """Gold reward against the trained-on reward in long runs, one panel per size of the reward model's training set."""
+    results = read("tuned.jsonl")
     sizes = {"300": "300 pairs", "1000": "1,000 pairs", "all": "all 2,083 pairs"}
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True, layout="constrained")
     for axis, (size, title) in zip(axes, sizes.items(), strict=True):
-        runs = tuned_runs(f"reviews for long, {size} pairs")
         for method in ("remax", "ppo, 1 epoch", "spr", "best-of-n"):
-            if method in runs:
-                points = [row["points"] for row in runs[method]]
-                draw(axis, points, "reward", "gold", TITLES[method], *STYLES[method])
+            rows = tuned.final_rows(results, f"reviews for long, {size} pairs", method)
+            draw(axis, [row["points"] for row in rows], "reward", "gold", TITLES[method], *STYLES[method])
         axis.set_title(f"reward model trained on {title}", fontsize=9)
         axis.set_xlabel("its reward, sampled responses", fontsize=9)
         axis.grid(alpha=0.25)
@@ -281,8 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
-    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), memory=memory())
-    figures |= dict(guess_and_check=guess_and_check(), samples=samples(), over_optimisation=over_optimisation())
+    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), over_optimisation=over_optimisation())
+    figures["guess_and_check"] = guess_and_check()
     figures["which_kl"] = which_kl()
     figures["envelopes"] = envelopes()
     for name, figure in figures.items():
