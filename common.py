@@ -3,8 +3,9 @@
 About learning: 1 prompts and responses · 2 rollout · 3 log-probabilities, values, scores · 4 rewards · 5 the update ·
 6 evaluation. Below the double line is plumbing: 7 models · 8 data · 9 the run · 10 flags and processes.
 
-Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L both, V vocabulary,
-D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the first EOS.
+Names carry their shape: B rows, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T, V
+vocabulary, D width, R all rows of a rollout, N any number. Logits at t predict token t + 1. Response masks include the
+first EOS.
 """
 
 import atexit
@@ -179,11 +180,11 @@ def as_responses(policy, prompts: list[Prompt], tokens: list[list[int]]) -> Resp
 def response_mask(tokens_BT, eos_ids: list[int]):
     """-> mask_BT, 1 up to and including the first EOS of any kind. Pad ids play no part."""
     is_eos_BT = torch.isin(tokens_BT, torch.tensor(eos_ids, device=tokens_BT.device)).long()
-    return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()
+    return (is_eos_BT.cumsum(1) - is_eos_BT == 0).long()  # no EOS stands before the token
 
 
 def decode(tokenizer, tokens: list[list[int]], dropped_ids=()) -> list[str]:
-    """Texts of responses as they stand after a prompt: some tokenizers drop the leading space of a text alone.
+    """Texts of responses as they stand after a prompt. Some tokenizers drop the space with which a text begins.
 
     Special tokens are part of the text, except `dropped_ids`. Spaces stay as they are, so that a text gives its ids
     again wherever the tokenizer allows it.
@@ -280,7 +281,7 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
     for t in range(T):
         if not logits_NV.amax(-1).isfinite().all():
             fail("the policy's logits are not finite: it has diverged; lower --learning-rate", status=1)
-        token_N = logits_NV.argmax(-1)
+        token_N = logits_NV.argmax(-1)  # of the greedy rows, which come last
         token_N[:num_sampled] = sample(logits_NV[:num_sampled].float() / sampling.temperature)
         token_N = torch.where(going_N, token_N, tokens_RT[rows_N, t])  # a row that has ended repeats its EOS
         tokens_RT[rows_N, t:] = token_N[:, None]  # to the end: an ended row has its EOS there already
@@ -311,7 +312,10 @@ def generate(model, prompts_BP, prompt_mask_BP, eos_ids: list[int], sampling: Sa
 
 
 def sample(logits_NV):
-    """-> tokens_N, by one random number each (`multinomial` draws one for each entry of the vocabulary)."""
+    """-> tokens_N. One random number picks a point on a row's cumulative distribution.
+
+    (`multinomial` draws a random number for each entry of the vocabulary.)
+    """
     cumulative_NV = logits_NV.softmax(-1).cumsum(-1, dtype=torch.float64)
     points_N1 = cumulative_NV[:, -1:] * torch.rand_like(cumulative_NV[:, -1:])
     return torch.searchsorted(cumulative_NV, points_N1, right=True).squeeze(1)
@@ -324,7 +328,10 @@ def sample(logits_NV):
 
 
 def logprobs(policy, rows: Responses):
-    """log π of a micro-batch's response tokens, in nats -> logprobs_BT, float32; mask them before use."""
+    """log π of a micro-batch's response tokens, in nats -> logprobs_BT, float32; mask them before use.
+
+    Every rank must call it, with a micro-batch of its own.
+    """
     ids_BL, mask_BL, num_tokens = joined(rows)
     logprobs_BT = policy.engine(ids_BL, mask_BL, num_tokens)
     return F.pad(logprobs_BT, (0, rows.tokens_BT.shape[1] - num_tokens))
@@ -350,7 +357,7 @@ def all_logprobs(policy, rows: Responses, micro_batch_size):
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
         order += some
         parts.append(logprobs(policy, rows[some]))
-    return torch.cat(parts)[torch.tensor(order).argsort()]  # in the order of the rows again
+    return torch.cat(parts)[torch.tensor(order).argsort()]  # back in the order of the rows
 
 
 @torch.no_grad()
@@ -361,7 +368,7 @@ def all_values(value, rows: Responses, micro_batch_size):
     for some, _ in micro_batches(rows.mask_BT.sum(1), micro_batch_size):
         order += some
         parts.append(values(value, rows[some]))
-    return torch.cat(parts)[torch.tensor(order).argsort()]  # in the order of the rows again
+    return torch.cat(parts)[torch.tensor(order).argsort()]  # back in the order of the rows
 
 
 def scores(scorer, ids: list[list[int]], device):
@@ -374,15 +381,17 @@ def scores(scorer, ids: list[list[int]], device):
 def joined(rows: Responses):
     """Prompts and responses side by side -> (ids_BL, mask_BL, number of response tokens in a row).
 
-    The width is that of the longest response over all ranks: with equal widths they call the head equally often, and
-    under ZeRO-3 each call gathers weights from all of them.
+    The width is that of the longest response over all ranks. With equal widths all ranks call the head equally often,
+    and under ZeRO-3 each call gathers weights from all of them.
     """
     longest = rows.mask_BT.sum(1).max()
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     num_tokens = int(longest)
     tokens_BT = F.pad(rows.tokens_BT, (0, num_tokens - rows.tokens_BT.shape[1]))  # a negative padding cuts
     ids_BL = torch.cat([rows.prompts_BP, tokens_BT], 1)
-    mask_BL = torch.cat([rows.prompt_mask_BP, torch.ones_like(tokens_BT)], 1)  # the loss masks what follows EOS
+    mask_BL = torch.cat(
+        [rows.prompt_mask_BP, torch.ones_like(tokens_BT)], 1
+    )  # the loss masks what follows EOS, and no token before sees it
     return ids_BL, mask_BL, num_tokens
 
 
@@ -393,7 +402,10 @@ def model_inputs(ids_BL, mask_BL) -> dict:
 
 
 class TokenLogprobs(nn.Module):
-    """A causal language model whose output is the log-probabilities of response tokens: policy and reference alike."""
+    """A causal language model whose output is the log-probabilities of response tokens: policy and reference alike.
+
+    Backbone and head are called apart, so that the logits of all tokens are never in memory at once.
+    """
 
     def __init__(self, model, temperature):
         super().__init__()
@@ -435,7 +447,7 @@ class ScalarOutputs(nn.Module):
     def __init__(self, model, zero=0.0):
         super().__init__()
         self.model = model.train()
-        self.zero = zero  # reward units; what counts as 0
+        self.zero = zero  # is taken from every output; reward units
 
     def forward(self, ids_BL, mask_BL, read_BK):
         """-> outputs_BK, float32. read_BK: the K positions of each row to read at."""
@@ -453,8 +465,8 @@ class Reward:
     """Rewards of responses, by a reward model or a Python function; a response without EOS pays a penalty.
 
     `model`: a folder or hub name. `function`: file.py:name, which takes its place. `prompt`: one that the function is
-    tried on. `micro_batch_size`: rows that a reward model reads at once. `stays_loaded`: else the model is in memory
-    for the moment of scoring alone.
+    tried on. `micro_batch_size`: rows that a reward model reads at once. Without `stays_loaded` the model is loaded for
+    each scoring and freed after it.
     """
 
     def __init__(
@@ -525,7 +537,7 @@ class Reward:
 
 
 def micro_batches(lengths_B, size):
-    """Rows of about equal length together, to save padding -> (row numbers, whether they are the last)."""
+    """Rows of about equal length together, to save padding -> (row numbers, whether it is the last micro-batch)."""
     # The longest come first, so that running out of memory shows at once.
     order = lengths_B.argsort(descending=True, stable=True).tolist()
     for start in range(0, len(order), size):
@@ -550,20 +562,20 @@ def train_engine(module, backend, max_grad_norm):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if backend.zero_stage == 0 and backend.world_size == 1:  # one rank need not copy gradients to average them
         engine.enable_backward_allreduce = False
-    reset_optimizer(engine)  # bfloat16 ZeRO-0 has taken a step on zeros, which would spoil Adam's bias correction
+    reset_optimizer(engine)  # bfloat16 ZeRO-0 begins with a step on zeros, which would spoil Adam's bias correction
     return engine
 
 
 def backward(engine, loss, is_last):
     """Adds the gradients of a micro-batch; after the last one the engine averages their sum over the ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
-    # A loss that is not finite may have finite gradients. NaN makes the step one that is skipped.
+    # A loss that is not finite may have finite gradients. Times NaN they are NaN, and the step is skipped.
     factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
     engine.backward(loss * factor, scale_wrt_gas=False)
 
 
 def optimizer_step(engine, learning_rate) -> tuple[float, int]:
-    """Clips and steps -> (gradient norm before clipping, steps skipped so far because it was not finite)."""
+    """Clips and steps -> (gradient norm before clipping, number of steps so far whose norm was not finite: skipped)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():

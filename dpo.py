@@ -241,7 +241,7 @@ def main() -> None:
         metrics["eval_rejected_logprob"] = sum(row["logprob"] for row in rows[1::2]) / len(eval_pairs)
         return metrics
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,

@@ -77,7 +77,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -215,7 +215,7 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -298,9 +298,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)

@@ -77,7 +77,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -136,7 +136,7 @@ class Args:
 
 
 def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma, gae_lambda):
-    """Generalized advantage estimates, not whitened -> (advantages_BT, returns_BT), detached, 0 where masked.
+    """Generalized advantage estimates, not whitened -> (advantages_BT, returns_BT), detached, 0 after a response's end.
 
     rewards_B: rewards of the sampled responses. values_BT: the return that the value model expects before token t.
     logprobs_BT, ref_logprobs_BT: log π_old and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat.
@@ -186,7 +186,7 @@ def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, 
 
 
 def whiten(advantages_BT, mask_BT):
-    """Mean 0 and standard deviation 1 over all real tokens of the global batch -> advantages_BT, 0 where masked."""
+    """Mean 0 and standard deviation 1 over all real tokens of the global batch -> advantages_BT, 0 after the end."""
     mean = common.global_means(mean=advantages_BT[mask_BT == 1])["mean"]
     centred_BT = (advantages_BT - mean) * mask_BT
     variance = common.global_means(variance=centred_BT[mask_BT == 1] ** 2)["variance"]
@@ -251,7 +251,7 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -335,9 +335,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)

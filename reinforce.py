@@ -8,7 +8,7 @@ R_t is the reward r(x, y) of the whole response less the KL penalties from token
 0; with --baseline leave-one-out it is the mean reward of the other N − 1 responses to the same prompt (RLOO, Kool et
 al. 2019, Ahmadian et al. 2024), which does not depend on y_i, so that (for γ = 1) the gradient stays unbiased.
 
-This script does without these parts of PPO:
+PPO has these parts, which this script does not need:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
   and the reward comes once, at the end, so only the sampling of tokens makes the return noisy, and we accept it;
 - importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that takes
@@ -77,7 +77,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -128,7 +128,7 @@ class Args:
 
 
 def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma):
-    """Each token's return -> advantages_BT, detached, 0 where masked.
+    """Each token's return -> advantages_BT, detached, 0 after a response's end.
 
     rewards_B: rewards of the sampled responses, less their baselines if there are any. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
@@ -222,7 +222,7 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -253,7 +253,7 @@ def main() -> None:
             baselines_B = leave_one_out(rewards_B, args.num_samples)
         clock.lap("score")
 
-        # 5. Update: one step. The policy is still the one that sampled: one forward of it serves loss and penalty.
+        # 5. Update: one step. The policy is still the one that sampled: its log-probabilities give loss and KL penalty.
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []
@@ -290,9 +290,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)

@@ -4,12 +4,12 @@ To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. 
 
     gradient  ≈  mean over sampled responses of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
-R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). The baseline does
-not depend on y, so the gradient stays unbiased. Where it is near the expected reward, the gradient is less noisy.
+R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (γ = 1; Algorithm 1 has none).
+The baseline does not depend on y, so the gradient stays unbiased. Near the expected reward it makes it less noisy.
 
-This script does without these parts of PPO:
+PPO has these parts, which this script does not need:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
-  and the reward comes once, at the end; so one baseline per prompt may do, and one more response gives it;
+  and the reward comes once, at the end. So one number per prompt may be the baseline: the reward of one more response;
 - importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that takes
   the step is the one that sampled;
 - epochs, minibatches, whitened advantages: there is one step per rollout, and advantages stay in reward units.
@@ -76,7 +76,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -125,7 +125,7 @@ class Args:
 
 
 def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma):
-    """Each token's return minus the reward of the greedy response -> advantages_BT, detached, 0 where masked.
+    """Each token's return minus the reward of the greedy response -> advantages_BT, detached, 0 after a response's end.
 
     rewards_B, baseline_rewards_B: rewards of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
@@ -143,7 +143,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     for t in reversed(range(shaped_BT.shape[1])):
         return_B = shaped_BT[:, t] + gamma * return_B  # R_t = Σ_{s≥t} γ^{s−t} shaped_s
         returns_BT[:, t] = return_B
-    # The baseline is not discounted: γ^(length − t) depends on the rest of y, so such a baseline would bias.
+    # The baseline is not discounted: γ^(length − t) depends on the rest of y, so it would bias the gradient.
     return (returns_BT - baseline_rewards_B[:, None]) * mask_BT  # ReMax, Algorithm 1
 
 
@@ -213,7 +213,7 @@ def main() -> None:
     def evaluate(policy):
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -244,7 +244,7 @@ def main() -> None:
         baselines_B = rewards_R[B:].repeat_interleave(args.num_samples)  # all samples of a prompt have one baseline
         clock.lap("score")
 
-        # 5. Update: one step. The policy is still the one that sampled: one forward of it serves loss and penalty.
+        # 5. Update: one step. The policy is still the one that sampled: its log-probabilities give loss and KL penalty.
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
         logprobs_BT = torch.empty_like(ref_logprobs_BT)
         losses = []
@@ -280,9 +280,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)

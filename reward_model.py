@@ -225,7 +225,7 @@ def main() -> None:
         run.log_samples(update, rows, "held-out responses, a chosen and a rejected one in turn")
         return common.pair_metrics(rows)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,

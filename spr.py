@@ -7,7 +7,7 @@ To each prompt x the policy π_k gives N responses y_1 … y_N. The next policy 
 so that π_{k+1} approaches π_k exp((r − W) / β) (Theorem 1; Algorithm 2 prints argmin by mistake). β → 0 is Best-of-N.
 A demonstration joins its prompt's samples: a heuristic. --weighting uniform --num-samples 0 is fine-tuning on them.
 
-This script does without these parts of ReMax:
+ReMax has these parts, which this script does not need:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
@@ -74,7 +74,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -240,7 +240,7 @@ def main() -> None:
         reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -313,9 +313,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)

@@ -18,7 +18,7 @@ Lines 5 and 6 of Algorithm 1 are as printed. So is line 4 with --td-lambda 0, li
 carries the reward back by one token only, so by default Q is fitted to the reward itself, whose mean it is.
 Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
-This script does without these parts of ReMax:
+ReMax has these parts, which this script does not need:
 - several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
   but the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
@@ -88,7 +88,7 @@ class Args:
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
-    """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
+    """Sequence-classification model that scores prompt + response; it may have its own tokenizer."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
@@ -199,7 +199,7 @@ def value_loss(values_B2T, targets_BT, mask_BT, beta, denominator):
 
 
 def token_weights(values_B2T, mask_BT, beta):
-    """exp((Q − W) / β) -> weights_BT, float64, 0 where masked."""
+    """exp((Q − W) / β) -> weights_BT, float64, 0 after a response's end."""
     values_BT, reference_BT = values_B2T.detach().double().unbind(1)
     return ((values_BT - reference_BT) / beta).exp().where(mask_BT == 1, 0)  # eq. 13
 
@@ -287,7 +287,7 @@ def main() -> None:
         reference = common.load_reference(policy, whole)
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
-    run = common.Run(
+    run = common.Run(  # with --resume it loads the engines
         output_dir=args.output_dir,
         resume=args.resume,
         save_every=args.save_every,
@@ -385,9 +385,9 @@ def main() -> None:
         metrics |= clock.seconds
         metrics["tokens_per_second"] = metrics["response_length"] * B * backend.world_size / clock.total()
         if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
-            rows = evaluate(policy)
-            metrics |= common.evaluation_metrics(rows, initial_rows)
-            run.log_samples(update, rows)
+            eval_rows = evaluate(policy)
+            metrics |= common.evaluation_metrics(eval_rows, initial_rows)
+            run.log_samples(update, eval_rows)
         run.log(update, metrics)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update)
