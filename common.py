@@ -705,6 +705,8 @@ def load_tokenizer(path):
         try:
             generation = transformers.GenerationConfig.from_pretrained(path)
         except OSError:  # there is none, and transformers makes one
+            if Path(path, "generation_config.json").exists():
+                raise
             generation = transformers.GenerationConfig.from_model_config(whole_config)
     if getattr(whole_config, "quantization_config", None):
         fail(f"{path}: its weights are quantised and cannot be trained: give the model without quantisation")
@@ -1032,7 +1034,8 @@ def with_rollout_batch(sampling: Sampling, token_bytes, backend) -> Sampling:
         if cache_bytes > free_bytes:
             fail(
                 f"--rollout-batch-size {num_rows}: a cache of {gib(cache_bytes)} does not fit "
-                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length"
+                f"into the {gib(free_bytes)} that are free on the GPU; lower it or --response-length",
+                status=1,  # other ranks may have room
             )
     return dataclasses.replace(sampling, batch_size=num_rows)
 
@@ -1141,7 +1144,7 @@ def tell_adapters(model, adapted, rank):
     for layer in adapted.modules():
         if isinstance(layer, nn.Linear | nn.Embedding):  # a base layer, a part of an adapter, a head or a table
             continue
-        if any(weight.dim() > 1 for weight in layer.parameters(recurse=False)):
+        if any(weight.dim() > 1 and not weight.requires_grad for weight in layer.parameters(recurse=False)):
             without.add(type(layer).__name__)
     without -= {"Conv1D"}  # GPT-2's linear layer
     if without:
@@ -1190,6 +1193,7 @@ def save_adapter(model, folder):
         weights["base_model.model.score.weight"] = model.score.weight.detach().cpu()
     config.save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")  # others may read it, too
 
 
 # Saving
@@ -1410,7 +1414,7 @@ def read_file(path, suffix) -> list[tuple[str, dict]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1  # without a byte order mark
         fail(f"{path}:{line}: not UTF-8: convert the file to UTF-8")
     if suffix in (".csv", ".tsv"):
         return list(read_csv(path, text, delimiter="\t" if suffix == ".tsv" else ","))
@@ -1419,7 +1423,7 @@ def read_file(path, suffix) -> list[tuple[str, dict]]:
 
 def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
     with fails_with(path):
-        lines = text.split("\n") if has_lines else [json.dumps(row) for row in json.loads(text)]
+        lines = text.split("\n") if has_lines else json_rows(path, json.loads(text))
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}:{number}" if has_lines else f"{path}: row {number}"
@@ -1431,10 +1435,20 @@ def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+def json_rows(path, value) -> list[str]:
+    """The rows of a .json file as lines."""
+    if not isinstance(value, list):
+        fail(f"{path}: a {type(value).__name__}; expected a list of JSON objects")
+    return [json.dumps(row) for row in value]
+
+
 def read_csv(path, text, delimiter) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            fail(f"{path}:1: two columns have the same name")
         for row in reader:
             if None in row or None in row.values():
                 fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
@@ -1535,6 +1549,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     # Two answers may share their prompt, but not if the user has named its column, or if some row has it.
     may_share = layout.prompt_column == "prompt" and len(layout.answer_columns) == 2
     has_prompt = not may_share or any("prompt" in row for _, row in rows)
+    columns = dict.fromkeys(name for _, row in rows for name in row if name != layout.prompt_column)
     prompts = []
     counts = collections.Counter()
     num_repeating = 0
@@ -1544,7 +1559,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
         if not prompt.text.strip() or not prompt.ids:
             continue
         prompt.where = where
-        prompt.columns = {name: value for name, value in row.items() if name != layout.prompt_column}
+        prompt.columns = {name: row.get(name) for name in columns}  # a reward function gets all of them each time
         for column, answer in answers.items():
             prompt.answers[column] = answer if answer and answer.strip() else None
             if answer and answer.startswith(prompt.text):
@@ -1635,6 +1650,7 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
     An answer in a chat ends as the chat template ends it. Some templates rewrite answers (those of reasoning models
     drop or move the thoughts): such an answer is read as it is, with the tokenizer's EOS, and a line says so.
     """
+    eos_tokens = tokenizer.convert_ids_to_tokens(tokenizer.eos_ids)
     rows = []
     num_cut = 0
     num_rewritten = 0
@@ -1650,10 +1666,10 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
                 num_rewritten += 1
                 turn = answer
         rows.append(encode_response(tokenizer, turn))
-        if tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token):
+        if any(eos in answer.removesuffix(eos) for eos in eos_tokens):
             num_cut += 1
     if num_cut:
-        print(f"{num_cut:,} of {column!r} hold {tokenizer.eos_token} before their end, and are cut there")
+        print(f"{num_cut:,} of {column!r} hold {' or '.join(eos_tokens)} before their end, and are cut there")
     if num_rewritten:
         reason = "since the chat template would change them"
         print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")
@@ -1690,7 +1706,9 @@ def encode_response(tokenizer, text) -> list[int]:
     ids = encode(tokenizer, text, add_special_tokens=False)
     if decode(tokenizer, [ids]) != [text]:
         anchor = encode(tokenizer, "\n", add_special_tokens=False)
-        ids = encode(tokenizer, "\n" + text, add_special_tokens=False)[len(anchor) :]
+        with_anchor = encode(tokenizer, "\n" + text, add_special_tokens=False)
+        if with_anchor[: len(anchor)] == anchor:  # else the text's own newlines have merged with it
+            ids = with_anchor[len(anchor) :]
     for i, token in enumerate(ids):
         if token in tokenizer.eos_ids:  # after a turn's end a template may write more
             return ids[: i + 1]
@@ -1843,6 +1861,7 @@ class Run:
         if self.is_main:
             write_whole(folder / "latest", str(update))
             self.remove_checkpoints_but(update)
+        self.last_checkpoint = update
 
     def remove_checkpoints_but(self, update):
         for folder in self.folder.glob("checkpoint/update-*"):
@@ -1927,7 +1946,8 @@ class Run:
         """After a signal at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
         number = max(gather_rows([self.signal]))
         if number and update < self.bar.total:  # the last one is followed by the end
-            self.save_checkpoint(update)
+            if update > self.last_checkpoint:  # else it is there, and a kill would tear it
+                self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
             tqdm.write(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
@@ -2187,7 +2207,7 @@ def make_paths_absolute(args):
         folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
         if file_of(folder / value).exists():
             setattr(args, field.name, os.path.abspath(folder / value))
-        elif value.startswith("examples/"):
+        elif value == field.default:
             flag = f"--{field.name.replace('_', '-')}"
             fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
 
@@ -2201,7 +2221,13 @@ def file_of(value) -> Path:
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
-    own = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) not in (None, field.default)}
+    own = set()
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, str):
+            value = value.rstrip("/")  # which completion by the shell adds
+        if value not in (None, field.default):
+            own.add(field.name)
     forgotten = []
     if "model" in own or "dataset" in own:
         forgotten = ["dataset", "eval_dataset", "reward_model"]
@@ -2295,6 +2321,9 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A CPU takes up to a hundred times as long for numbers below 1e-38, which rows of little weight and Adam's moments
+    # reach. They count as 0 here.
+    torch.set_flush_denormal(True)
     # Set by torchrun and deepspeed; without a launcher this process is alone, and takes any free port.
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     for name, value in alone.items():

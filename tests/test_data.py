@@ -649,3 +649,24 @@ def test_an_answer_that_goes_on_after_an_eos_is_cut_and_told(tmp_path, capsys):
     found = demonstrations(tmp_path / "p.jsonl", *rows)
     assert "1 of 'completion' hold <|endoftext|> before their end, and are cut there" in capsys.readouterr().out
     assert found[0].demonstration == found[1].demonstration == found[2].demonstration
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.csv", b"prompt,prompt\nA,B\n", "p.csv:1: two columns have the same name"),
+        ("p.json", b'{"data": [{"prompt": "A"}]}', "p.json: a dict; expected a list of JSON objects"),
+        ("p.csv", b"\xef\xbb\xbfprompt\nx\n\xe9\n", "p.csv:3: not UTF-8"),
+    ],
+)
+def test_files_that_are_not_what_they_seem(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        common.load_rows(str(tmp_path / name))
+    assert message in capsys.readouterr().err
+
+
+def test_a_reward_function_gets_each_column_of_the_file_with_each_batch(tmp_path, tokenizer):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The plot", "label": 1}\n{"prompt": "The music"}\n')
+    _, second = common.load_prompts(str(tmp_path / "p.jsonl"), common.Layout(), tokenizer, 8)
+    assert common.function_columns([second]) == dict(label=[None])

@@ -309,6 +309,11 @@ def test_waiting_threads_spin_for_a_short_time(own, spins):
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
 
+def test_numbers_that_are_slow_on_a_cpu_count_as_0():
+    start_backend()
+    assert (torch.full((1,), 1e-38) / 100).item() == 0.0
+
+
 def test_learning_rate_schedules():
     rates = lambda schedule, warmup: [common.scheduled(2.0, schedule, warmup, u, 10) for u in range(1, 11)]  # noqa: E731
     assert rates("constant", 0) == [2.0] * 10

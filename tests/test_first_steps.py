@@ -106,6 +106,11 @@ def test_a_model_of_one_s_own_needs_data_of_one_s_own(monkeypatch, capsys, tmp_p
     assert error.value.code == 2 and "give --dataset, too" in capsys.readouterr().err
 
 
+def test_the_example_s_model_may_end_with_a_slash(monkeypatch):
+    args = parsed(monkeypatch, "--model", "examples/reviews/policy/")
+    assert args.dataset.endswith("prompts.jsonl") and args.reward_model
+
+
 @pytest.mark.parametrize("script, how", [("remax", []), ("ppo", []), ("spr", []), ("spr", ["--num-samples", "2"])])
 def test_data_of_one_s_own_needs_a_reward_and_is_held_out_from(tmp_path, capsys, script, how):
     path = tmp_path / "p.jsonl"

@@ -154,6 +154,26 @@ def test_tasks_of_a_scheduler_need_a_launcher(monkeypatch, capsys, name):
     common.refuse_tasks_without_ranks()
 
 
+def test_a_stop_does_not_write_over_the_checkpoint_of_its_update(tmp_path, monkeypatch):
+    """A kill while it is written again would leave no whole one."""
+    saved = []
+    save_checkpoint = common.Run.save_checkpoint
+    log = common.Run.log
+
+    def watched(run, update):
+        saved.append(update)
+        save_checkpoint(run, update)
+
+    def log_and_ask(run, *args):
+        log(run, *args)
+        run.signal = signal.SIGTERM
+
+    monkeypatch.setattr(common.Run, "save_checkpoint", watched)
+    monkeypatch.setattr(common.Run, "log", log_and_ask)
+    assert run_here("remax", *SHORT, "--save-every", 1, "--output-dir", tmp_path / "r") == 128 + signal.SIGTERM
+    assert saved == [1]
+
+
 # ---------------------------------------------------------------- Full disks
 
 
