@@ -528,7 +528,6 @@ def test_the_tables_of_tuned_methods_are_those_of_the_rows():
             assert len(ends) == 5
             assert tuned.setting_of(ends[0]) == tuned.tuning_step(results, task, method).chosen
     assert tuned.envelope_table(results, "reviews") in page
-    assert tuned.table(rows.read_rows(rows.RESULTS / "tuned.jsonl"), "imdb") in page
 
 
 def test_the_benchmark_s_table_of_gradients_is_that_of_its_rows():

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
@@ -82,12 +83,19 @@ def test_the_readme_s_figures_are_those_of_the_rows():
     def rows(name):
         return [json.loads(line) for line in (ROOT / "benchmark" / "results" / name).read_text().splitlines()]
 
-    final = [row for row in rows("tuned.jsonl") if not row["tuning"]]
+    def ends(method, task, name):
+        found = [row for row in rows(name) if (row["method"], row["task"], row["tuning"]) == (method, task, False)]
+        assert len(found) >= 5
+        return found
 
-    def gold(method, task="reviews"):
-        values = [row["gold"] for row in final if (row["method"], row["task"]) == (method, task)]
-        assert len(values) >= 5
-        return f"{sum(values) / len(values):.2f}"
+    def gold(method, task="reviews", name="restraints.jsonl"):
+        return f"{statistics.fmean(row['gold'] for row in ends(method, task, name)):.2f}"
+
+    def gold_before(method, task="reviews"):
+        return gold(method, task, "tuned.jsonl")
+
+    def nats(method):
+        return f"{statistics.fmean(row['kl'] for row in ends(method, 'reviews', 'restraints.jsonl')):.0f}"
 
     def noise(task, episodes):
         key = (task, episodes, "greedy (ReMax)")
@@ -108,13 +116,15 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"**holds**: {ratio('memory.jsonl', 'M1', 'peak_rss_mb', 'spr', 'sft'):.2f} times",
         f"reviews {noise('reviews', 0)} of REINFORCE's at first, {noise('reviews', 3200)} at the end; "
         f"rule {noise('rule', 0)}, {noise('rule', 3200)}",
-        f"reviews {gold('reinforce')}, ReMax {gold('remax')}; every reward raised by 9.3: "
-        f"{gold('reinforce', raised)}, {gold('remax', raised)}; "
-        f"rule {gold('reinforce', 'rule')}, {gold('remax', 'rule')}",
-        f"reviews {gold('remax')}, PPO {gold('ppo, 1 epoch')}; rule {gold('remax', 'rule')}, "
+        f"every reward raised by 9.3: {gold_before('reinforce', raised)}, ReMax {gold_before('remax', raised)}; "
+        f"as they are: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
+        f"{gold('remax', 'rule')}",
+        f"reviews {gold('remax, N = 3')} at {nats('remax, N = 3')} nats, PPO {gold('ppo, 1 epoch')} at "
+        f"{nats('ppo, 1 epoch')}; with one {gold('remax')} at {nats('remax')}; rule {gold('remax', 'rule')}, "
         f"{gold('ppo, 1 epoch', 'rule')}",
-        f"over DPO: reviews {gold('spr')}, {gold('dpo')}; Best-of-N is level, {gold('best-of-n')}",
-        f"{gold('spr, N = 4')}, {gold('spr')}, {gold('spr, N = 16')} with N = 4, 8, 16",
+        f"over DPO: reviews {gold('spr')}, {gold('dpo')}; rule {gold('spr', 'rule')}, {gold('dpo', 'rule')}; "
+        f"Best-of-N is level, {gold('best-of-n')} and {gold('best-of-n', 'rule')}",
+        f"{gold_before('spr, N = 4')}, {gold_before('spr')}, {gold_before('spr, N = 16')} with N = 4, 8, 16",
     ):
         assert sentence in " ".join(README.split())
 
