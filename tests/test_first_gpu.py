@@ -78,7 +78,7 @@ def test_the_default_is_as_many_rows_as_have_a_cache_of_16_gib(model, tmp_path, 
     assert load(tmp_path, dataclasses.replace(sampling, batch_size=500)).sampling.batch_size == 500
 
 
-@pytest.mark.parametrize("free, status", [(2**20, None), (2**10, 2)])
+@pytest.mark.parametrize("free, status", [(2**20, None), (2**10, 1)])
 def test_a_cache_that_does_not_fit_is_refused_by_its_flag_on_a_gpu(model, tmp_path, monkeypatch, capsys, free, status):
     model.save_pretrained(tmp_path)
     backend = dataclasses.replace(start_backend(), device=torch.device("cuda", 0))
