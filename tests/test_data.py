@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import shutil
 import types
 
 import pytest
@@ -670,3 +671,12 @@ def test_a_reward_function_gets_each_column_of_the_file_with_each_batch(tmp_path
     (tmp_path / "p.jsonl").write_text('{"prompt": "The plot", "label": 1}\n{"prompt": "The music"}\n')
     _, second = common.load_prompts(str(tmp_path / "p.jsonl"), common.Layout(), tokenizer, 8)
     assert common.function_columns([second]) == dict(label=[None])
+
+
+def test_a_broken_generation_config_is_told(tmp_path, capsys):
+    """Its EOS ids would be ignored."""
+    shutil.copytree(EXAMPLE / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "generation_config.json").write_text('{"eos_token_id": [0, 5],}')
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "policy"))
+    assert "generation_config.json" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """--lora-rank: adapters are trained, the weights are frozen, and the reference is the model below the adapters."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -288,3 +289,11 @@ def test_without_the_flag_peft_need_not_be_there(tmp_path):
     code = "import sys; sys.modules['peft'] = None; import remax; remax.main()"  # None: as if it were not installed
     command = [sys.executable, "-c", code, *flags]
     assert subprocess.run(command, cwd=ROOT, env=script_environment()).returncode == 0
+
+
+def test_a_trained_head_is_not_told_as_untrained(capsys):
+    backend = dataclasses.replace(start_backend(), lora_rank=2)
+    sampling = common.Sampling(max_prompt_length=8, response_length=8, temperature=1.0, batch_size=4)
+    common.load_value_model(str(EXAMPLE / "reward_model"), str(EXAMPLE / "policy"), sampling, backend)
+    out = capsys.readouterr().out
+    assert "Adapters of rank 2" in out and "get no adapter" not in out
