@@ -2321,8 +2321,8 @@ def start_processes(*, dtype, attention, zero_stage, offload, gradient_checkpoin
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A CPU takes up to a hundred times as long for numbers below 1e-38, which rows of little weight and Adam's moments
-    # reach. They count as 0 here.
+    # A CPU computes slowly with numbers below 1e-38, such as the gradients of rows of little weight. They made a run
+    # take five times as long, so they count as 0.
     torch.set_flush_denormal(True)
     # Set by torchrun and deepspeed; without a launcher this process is alone, and takes any free port.
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -1,7 +1,7 @@
 """The rule by which tuned.py chooses a method's setting, a learning rate and a restraint (KL coefficient or β).
 
-benchmark/README.md, "The rule", says it in words. What is to be run next follows from the results
-alone, so a run that was stopped goes on where it was. Needs the standard library only.
+benchmark/README.md, "The rule", says it in words. What is to be run next follows from the results alone, so a run
+that was stopped goes on where it was. Needs the standard library only.
 """
 
 import statistics

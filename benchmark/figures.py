@@ -222,10 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
-    figures = dict(first_run=first_run(), step=step_time(["W1", "W2"]), over_optimisation=over_optimisation())
-    figures["guess_and_check"] = guess_and_check()
-    figures["which_kl"] = which_kl()
-    figures["envelopes"] = envelopes()
+    figures = dict(
+        first_run=first_run(),
+        step=step_time(["W1", "W2"]),
+        over_optimisation=over_optimisation(),
+        guess_and_check=guess_and_check(),
+        which_kl=which_kl(),
+        envelopes=envelopes(),
+    )
     for name, figure in figures.items():
         for axis in figure.axes:
             axis.tick_params(labelsize=8)
