@@ -182,7 +182,9 @@ def fork_server():
     """A process that has imported everything and computed nothing. Each fork of it is a process that starts at once."""
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "llama")]
-    context.set_forkserver_preload([*SCRIPTS, *models, "workers.script_worker", "workers.engine_worker"])
+    context.set_forkserver_preload(
+        [*SCRIPTS, *models, "workers.script_worker", "workers.engine_worker", "workers.first_use"]
+    )
     with patch.dict(os.environ, script_environment() | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"), clear=True):
         multiprocessing.forkserver.ensure_running()
     return context

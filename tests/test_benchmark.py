@@ -19,6 +19,7 @@ import choice  # noqa: E402
 import rows  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     flags = "--workload tiny --steps 2 --ppo-epochs 2 --results".split()
     names = ("remax", "ppo", "spr_token", "sft", "dpo")
@@ -482,7 +483,7 @@ def allocated(**flags) -> tuple[int, int, int]:
     return parameters, max(totals), at_step
 
 
-@pytest.mark.parametrize("dtype, zero_stage", [("float32", 0), ("bfloat16", 3)])
+@pytest.mark.parametrize("dtype, zero_stage", [("float32", 0), pytest.param("bfloat16", 3, marks=pytest.mark.slow)])
 def test_the_arithmetic_of_memory_is_what_a_training_allocates(dtype, zero_stage):
     import memory
 

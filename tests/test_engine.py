@@ -215,10 +215,10 @@ def trained(model, steps, learning_rate, **flags):
 
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_small_steps_are_not_rounded_away_in_bfloat16(zero_stage):
-    """A step of 1e-5 is below bfloat16's resolution of weights near 0.3, but a hundred of them must arrive."""
+    """A step of 1e-4 is below bfloat16's resolution of weights near 0.3, but ten of them must arrive."""
     model = tiny_model("llama")
     before = model.lm_head.weight.detach().bfloat16().clone()
-    with common.gathered(trained(model, 100, 1e-5, zero_stage=zero_stage, dtype="bfloat16")):
+    with common.gathered(trained(model, 10, 1e-4, zero_stage=zero_stage, dtype="bfloat16")):
         moved = (model.lm_head.weight != before).float().mean().item()
     assert moved > 0.3
 
@@ -376,9 +376,8 @@ def test_two_ranks_equal_one(tmp_path, offload):
 def test_two_ranks_equal_one_with_adapters(tmp_path):
     """The value model of ppo.py trains adapters and a whole head."""
     expected = run(**case("ppo", tmp_path / "one", 0, 16, more="--lora-rank 2"))
-    cases = [case("ppo", tmp_path / "two", stage, 3, more="--lora-rank 2") for stage in (0, 2)]
-    for found in forked(run_all, cases, ranks=2):
-        assert_same_training(found, expected)
+    (found,) = forked(run_all, [case("ppo", tmp_path / "two", 2, 3, more="--lora-rank 2")], ranks=2)
+    assert_same_training(found, expected)
 
 
 def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformers(tmp_path, monkeypatch):

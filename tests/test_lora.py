@@ -16,6 +16,7 @@ from conftest import (
     SCRIPTS,
     TINY,
     number_tokenizer,
+    others_are_slow,
     policy_of,
     run_here,
     script_environment,
@@ -182,7 +183,7 @@ def tiny_flags(script) -> list[str]:
 WITH_REFERENCE = ["remax", "ppo", "spr", "spr_token", "dpo"]  # reinforce.py and grpo.py load it as remax.py does
 
 
-@pytest.mark.parametrize("script", WITH_REFERENCE)
+@pytest.mark.parametrize("script", others_are_slow(WITH_REFERENCE, soon="remax spr dpo"))
 def test_after_a_run_its_references_are_the_initial_policy_and_no_second_copy(script, tmp_path, monkeypatch):
     policies = []
     references = []

@@ -135,16 +135,14 @@ OTHERS = dict(
 )
 
 
-# reinforce.py and grpo.py have the engines of remax.py. spr_token.py and reward_model.py are resumed below.
-@pytest.mark.parametrize("script, how", others_are_slow(OTHERS.items(), soon="ppo spr dpo"))
+# reinforce.py and grpo.py have the engines of remax.py, spr_token.py those of ppo.py. reward_model.py is resumed below.
+@pytest.mark.parametrize("script, how", others_are_slow(OTHERS.items(), soon="ppo spr"))
 def test_the_other_scripts(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how)
 
 
 # These two have all kinds of engines.
-@pytest.mark.parametrize(
-    "script, how", others_are_slow([*OTHERS.items(), ("remax", "in a file")], "spr_token reward_model")
-)
+@pytest.mark.parametrize("script, how", others_are_slow([*OTHERS.items(), ("remax", "in a file")], "ppo reward_model"))
 def test_with_adapters(tmp_path, script, how):
     interrupted_and_resumed(tmp_path, script, how, more=["--lora-rank", "2"])
 

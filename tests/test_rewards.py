@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import number_tokenizer, policy_of, read_metrics, run_here, start_backend, tiny_model, without_machine
+from conftest import (
+    number_tokenizer,
+    others_are_slow,
+    policy_of,
+    read_metrics,
+    run_here,
+    start_backend,
+    tiny_model,
+    without_machine,
+)
 
 import common
 
@@ -186,7 +195,7 @@ def test_a_function_that_draws_or_seeds_changes_no_random_number_of_ours(tmp_pat
     assert found == expected
 
 
-@pytest.mark.parametrize("script", ["remax", "spr", "dpo"])
+@pytest.mark.parametrize("script", others_are_slow(["remax", "spr", "dpo"], soon="remax"))
 def test_training_does_not_depend_on_a_function_s_random_numbers(tmp_path, script):
     """Through each script: twice the same rewards, once from a file that seeds and draws."""
     quiet = "def reward(prompts, responses, **columns):\n    return [float(len(set(text))) for text in responses]\n"

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: they learn, say so, run under the launchers, and save what others can read."""
 
+import functools
 import json
 import shutil
 
@@ -31,6 +32,7 @@ import reward_model
 import spr_token
 
 GOLD = ("--gold-reward-function", EXAMPLE / "sentiment.py:reward")
+with_deepspeed = functools.partial(launch, launcher="deepspeed")
 LEARN = "--learning-rate 5e-4 --eval-every 0 --response-length 32".split()
 
 
@@ -112,7 +114,8 @@ def test_two_ranks(tmp_path, launcher, zero_stage):
     assert [row["response"] for row in samples] == [row["response"] for row in alone]  # update 0, in the same order
 
 
-def test_a_failure_on_one_rank_ends_all(tmp_path):
+@pytest.mark.parametrize("start", [run_script, pytest.param(with_deepspeed, marks=pytest.mark.slow)])
+def test_a_failure_on_one_rank_ends_all(tmp_path, start):
     code = """
 import os
 def reward(prompts, responses, **columns):
@@ -120,7 +123,7 @@ def reward(prompts, responses, **columns):
 """
     (tmp_path / "f.py").write_text(code)
     flags = ("--reward-function", f"{tmp_path}/f.py:reward", "--output-dir", tmp_path / "r")
-    result = launch("remax.py", *TINY, *flags, ranks=2, launcher="deepspeed")
+    result = start("remax.py", *TINY, *flags, ranks=2)
     assert result.returncode != 0 and "f.py:reward raised ZeroDivisionError" in result.stderr
 
 
