@@ -62,7 +62,7 @@ def assert_same(found, expected):
 # ---------------------------------------------------------------- The engine against plain torch
 
 
-@pytest.mark.parametrize("kind, micro_batch_size", [("gpt2", 1), ("gpt2", 3), ("llama", 3), ("llama", 8)])
+@pytest.mark.parametrize("kind, micro_batch_size", [("gpt2", 1), ("llama", 3), ("llama", 8)])
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_stages_and_micro_batches_equal_plain_torch(kind, zero_stage, micro_batch_size):
     expected = with_plain_torch(tiny_model(kind))
@@ -388,7 +388,6 @@ def test_supervised_fine_tuning_on_two_ranks_begins_with_the_loss_of_transformer
     expected = run(**case("spr", tmp_path, 0, 16, more=more, name="one"))
     (found,) = forked(run_all, [case("spr", tmp_path, 3, 4, more=more, name="two")], ranks=2)
     assert_same_training(found, expected)
-    assert_same_training(run(**case("spr", tmp_path, 2, 3, more=more, name="small")), expected)
 
     # The mean over prompts of the negative log-likelihood of whole demonstrations, EOS included.
     policy = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy").eval()

@@ -36,18 +36,18 @@ def test_cudnn_s_attention_is_off():
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bfloat16_gradients_of_many_micro_batches_add_up_in_float32(zero_stage):
-    """64 micro-batches of the same row: in bfloat16 their sum would be rounded each time."""
+    """16 micro-batches of the same row: in bfloat16 their sum would be rounded each time."""
     from deepspeed.utils import safe_get_full_grad
 
     gradients = []
-    for count in (1, 64):
+    for count in (1, 16):
         backend = start_backend(zero_stage=zero_stage, dtype="bfloat16")
         engine = common.train_engine(as_policy(tiny_model("llama").bfloat16()).engine, backend, 1.0)
         for i in range(count):
             common.backward(engine, loss_of(engine, slice(0, 1), data()), is_last=i + 1 == count)
         gradients.append([safe_get_full_grad(weight).float() for weight in engine.module.parameters()])
     for one, many in zip(*gradients):
-        assert (many / 64 - one).norm() <= 0.001 * one.norm()
+        assert (many / 16 - one).norm() <= 0.001 * one.norm()
 
 
 # ---------------------------------------------------------------- Memory is told before it is gone

@@ -361,7 +361,7 @@ def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_pa
             torch.testing.assert_close(score, expected)
 
 
-@pytest.mark.parametrize("script", [name for name in SMALL if name != "dpo"])
+@pytest.mark.parametrize("script", others_are_slow([name for name in SMALL if name != "dpo"], soon="remax ppo spr"))
 def test_a_reward_model_reads_micro_batches_in_each_script(tmp_path, script, monkeypatch):
     sizes = []
     forward = common.ScalarOutputs.forward

@@ -373,7 +373,7 @@ def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
 SEEDED = [script for script in SCRIPTS if script not in PAIRS]
 
 
-@pytest.mark.parametrize("script", others_are_slow(SEEDED, soon="remax ppo"))
+@pytest.mark.parametrize("script", others_are_slow(SEEDED, soon="remax"))
 def test_every_update_and_rank_draws_its_own_random_numbers(tmp_path, monkeypatch, script):
     """All prompts are the same one, and the policy does not learn."""
     prompts = tmp_path / "p.jsonl"
