@@ -1618,7 +1618,12 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
         return rows, []
     print("Held-out data:")
     if eval_dataset:
-        return rows, load(eval_dataset)[:size]
+        held_out = load(eval_dataset)[:size]
+        digests = {row.digest for row in rows}
+        num_trained = sum(row.digest in digests for row in held_out)
+        if num_trained:
+            print(f"note: {num_trained:,} of the first {len(held_out):,} are in the data that is trained on, too")
+        return rows, held_out
     candidates = [row for row in rows if row.digest < "8"]  # of hexadecimal digits: the lower half
     held_out = sorted(candidates, key=lambda row: row.digest)[:size]
     digests = {row.digest for row in held_out}
@@ -2102,7 +2107,7 @@ def input_digests(flags: dict) -> dict[str, str]:
         for file in [path, *sorted(path.rglob("*"))]:
             if file.is_file() and file.suffix != ".md" and ".git" not in file.parts:
                 digest = hashlib.sha256()
-                with open(file, "rb") as content:
+                with fails_with(file), open(file, "rb") as content:
                     while block := content.read(2**20):
                         digest.update(block)
                 digests[str(file)] = digest.hexdigest()

@@ -578,6 +578,9 @@ def test_rows_are_held_out_where_no_evaluation_data_is_given(capsys):
     a, b = rows_with("9371fc"), rows_with("052")
     files = dict(a=a, b=b, one=rows_with("3"), same=rows_with("33"), high=rows_with("9c"), low=rows_with("120"))
     assert common.train_and_held_out(files.get, "a", "b", 2) == (a, b[:2])
+    assert "note" not in capsys.readouterr().out
+    assert common.train_and_held_out(files.get, "low", "b", 3) == (files["low"], b)
+    assert "note: 2 of the first 3 are in the data that is trained on, too" in capsys.readouterr().out
     assert common.train_and_held_out(files.get, "a", None, 2) == ([a[0], a[2], a[4], a[5]], [a[3], a[1]])
     assert common.train_and_held_out(files.get, "a", None, 64) == ([a[0], a[4], a[5]], [a[3], a[1], a[2]])
     assert common.train_and_held_out(files.get, "low", None, 2) == (

@@ -120,6 +120,14 @@ def test_data_in_a_folder_has_any_ending(tmp_path):
     assert before != after
 
 
+def test_an_input_that_cannot_be_read_is_not_told_as_a_full_disk(tmp_path, capsys):
+    (tmp_path / "notes").symlink_to("/proc/self/mem")  # a file that refuses to be read, also to root
+    with pytest.raises(SystemExit) as error, common.writing(tmp_path):
+        common.input_digests(dict(model=str(tmp_path)))
+    assert error.value.code == 2
+    assert only_line(capsys) == f"error: {tmp_path / 'notes'}: Input/output error"
+
+
 # ---------------------------------------------------------------- One run, one folder
 
 
