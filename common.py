@@ -2292,6 +2292,8 @@ def parse_flags(Args, **kwargs):
         sys.stdout = open(os.devnull, "w")  # errors of any rank still go to standard error
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 shows ? for signs that it does not have
+    if "--help" in sys.argv or "-h" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends when head does, without a traceback
     with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):
         args = tyro.cli(Args, prog=Path(sys.argv[0]).name, **kwargs)
         try:

@@ -370,6 +370,21 @@ def test_ranks_wait_for_each_other_for_hours():
     assert group.options._timeout.total_seconds() >= 3600
 
 
+def ask_for_help_without_a_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = open(writer, "w")
+    as_program("remax.py", ("--help",))
+
+
+def test_help_ends_in_silence_when_its_reader_has_gone():
+    """As in `python remax.py --help | head`."""
+    with started(ask_for_help_without_a_reader) as (process,):
+        process.join()
+        assert process.exitcode == -signal.SIGPIPE, process.err.read_text()
+        assert process.err.read_text() == ""
+
+
 def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
     # Where a shell runs the tests in the background, ctrl-C is ignored already.
     code = "import signal; before = signal.getsignal(signal.SIGINT)\n"
