@@ -2288,10 +2288,13 @@ def parse_flags(Args, **kwargs):
     # The launcher `deepspeed` adds --local_rank to our flags; the environment says the same.
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     is_main = os.environ.get("RANK", "0") == "0"
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = Output(sys.stderr, spare=open(os.devnull, "w"))
     if not is_main:
         sys.stdout = open(os.devnull, "w")  # errors of any rank still go to standard error
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 shows ? for signs that it does not have
+        sys.stdout = Output(sys.stdout, spare=sys.stderr)
     if "--help" in sys.argv or "-h" in sys.argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends when head does, without a traceback
     with contextlib.redirect_stderr(sys.stderr if is_main else io.StringIO()):
@@ -2302,6 +2305,26 @@ def parse_flags(Args, **kwargs):
             wrong = error.errors()[0]
             fail(f"--{wrong['loc'][0].replace('_', '-')} {wrong['input']!r}: {wrong['msg']}")
     return args
+
+
+class Output:
+    """Standard output or error. When its reader is gone (ctrl-C ends `tee`, too), what follows goes to `spare`."""
+
+    def __init__(self, stream, spare):
+        self.stream = stream
+        self.spare = spare
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            self.stream = self.spare
+            self.stream.write(text)
+        return len(text)
 
 
 def refuse_tasks_without_ranks():

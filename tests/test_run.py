@@ -370,19 +370,33 @@ def test_ranks_wait_for_each_other_for_hours():
     assert group.options._timeout.total_seconds() >= 3600
 
 
-def ask_for_help_without_a_reader() -> None:
+def without_a_reader(streams: str, *flags) -> None:
+    """remax.py, whose standard output, or error, too, nobody reads any more."""
     reader, writer = os.pipe()
     os.close(reader)
-    sys.stdout = open(writer, "w")
-    as_program("remax.py", ("--help",))
+    for name in streams.split():
+        setattr(sys, name, open(writer, "w", closefd=False))
+    as_program("remax.py", flags)
 
 
-def test_help_ends_in_silence_when_its_reader_has_gone():
+def test_help_ends_in_silence_when_its_reader_is_gone():
     """As in `python remax.py --help | head`."""
-    with started(ask_for_help_without_a_reader) as (process,):
+    with started(without_a_reader, "stdout", "--help") as (process,):
         process.join()
         assert process.exitcode == -signal.SIGPIPE, process.err.read_text()
         assert process.err.read_text() == ""
+
+
+@pytest.mark.parametrize("streams", ["stdout", "stdout stderr"])
+def test_a_run_goes_on_when_the_reader_of_its_output_is_gone(tmp_path, streams):
+    """As `tee` is after ctrl-C: without standard output, what the run has to say goes to standard error."""
+    with started(without_a_reader, streams, *SHORT, "--output-dir", tmp_path / "r") as (process,):
+        process.join()
+        err = process.err.read_text()
+        assert process.exitcode == 0, err
+        assert "BrokenPipe" not in err
+        assert ("prompts: 1,200" in err and "Saved: " in err) == (streams == "stdout")
+        assert (tmp_path / "r" / "policy" / "model.safetensors").exists()
 
 
 def test_ctrl_c_stays_as_it_is_where_a_script_is_not_the_program():
