@@ -41,6 +41,7 @@ STYLES = {
     "best-of-n": ("#b59ac9", "--", "X"),
     "dpo": ("#000000", "-", "*"),
 }
+IN_THE_PICTURE = ("reinforce", "rloo, N = 4", "remax", "remax, N = 3", "grpo", "ppo, 1 epoch", "spr", "dpo")
 RULE_METHODS = dict(remax=("ReMax", 1, "#d65f5f"), rloo=("RLOO, N = 2", 2, "#6acc65"))  # samples per prompt
 RULE_METHODS |= dict(ppo=("PPO, 1 epoch", 1, "#4878cf"), spr=("SPR, N = 8", 8, "#b47cc7"))
 RULE_METHODS |= dict(uniform=("uniform weights, N = 8", 8, "#999999"))
@@ -136,7 +137,8 @@ def envelopes():
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     titles = dict(reviews="reviews: gold reward (−1 to 1)", rule="rule: share of right answers")
     for axis, (task, title) in zip(axes, titles.items(), strict=True):
-        for method, (colour, line, marker) in STYLES.items():
+        for method in IN_THE_PICTURE:
+            colour, line, marker = STYLES[method]
             upper = tuned.envelope(results, task, method)
             if upper:
                 x = [end["kl"] for end in upper]

@@ -538,13 +538,6 @@ def test_the_benchmark_s_table_of_gradients_is_that_of_its_rows():
     assert gradient_variance.table(results) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_benchmark_s_table_of_adapters_is_that_of_its_rows():
-    import lora
-
-    finals = [row for row in rows.read_rows(rows.RESULTS / "lora.jsonl") if not row["tuning"]]
-    assert lora.table(finals) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
-
-
 def test_the_readme_shows_the_table_that_memory_prints():
     import memory
 
