@@ -2308,7 +2308,10 @@ def parse_flags(Args, **kwargs):
 
 
 class Output:
-    """Standard output or error. When its reader is gone (ctrl-C ends `tee`, too), what follows goes to `spare`."""
+    """Standard output or error. When it cannot be written any more, what follows goes to `spare`.
+
+    ctrl-C ends the `tee` that reads it, too; a terminal is closed; the disk of a log file is full.
+    """
 
     def __init__(self, stream, spare):
         self.stream = stream
@@ -2321,7 +2324,7 @@ class Output:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self.stream = self.spare
             self.stream.write(text)
         return len(text)
