@@ -2310,7 +2310,7 @@ def parse_flags(Args, **kwargs):
 class Output:
     """Standard output or error. When it cannot be written any more, what follows goes to `spare`.
 
-    ctrl-C ends the `tee` that reads it, too; a terminal is closed; the disk of a log file is full.
+    Such as when ctrl-C ends the `tee` that reads it, too, when a terminal is closed, or a log file's disk is full.
     """
 
     def __init__(self, stream, spare):
