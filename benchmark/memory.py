@@ -1,6 +1,6 @@
 """Peak memory of each script beside the arithmetic, and the arithmetic for models of 1.3B and 7B parameters.
 
-    python benchmark/memory.py [--scripts sft spr spr_token reinforce remax ppo reward_model dpo] [--repeats 1]
+    python benchmark/memory.py [--scripts sft spr spr_token reinforce remax grpo ppo reward_model dpo] [--repeats 1]
 
 Each script runs in a process of its own (step.py) for three updates of two or more micro-batches on random weights, so
 that Adam's moments and accumulated gradients are in memory; the reward model is as large as the policy. The arithmetic
@@ -20,8 +20,8 @@ from rows import RESULTS, ROOT, Run, append_row, commit, markdown_table, measure
 
 # script: (models that are trained, models that are frozen), all of one size. spr.py and spr_token.py have their reward
 # model in memory only while gradients are not, and dpo.py asks its reference before it trains.
-MODELS = dict(sft=(1, 0), spr=(1, 0), spr_token=(2, 0), reinforce=(1, 2), remax=(1, 2), ppo=(2, 2))
-MODELS |= dict(reward_model=(1, 0), dpo=(1, 0))
+MODELS = dict(sft=(1, 0), spr=(1, 0), spr_token=(2, 0), reinforce=(1, 2), remax=(1, 2), grpo=(1, 2))
+MODELS |= dict(ppo=(2, 2), reward_model=(1, 0), dpo=(1, 0))
 SIZES = {"1.3B": 1.3e9, "7B": 6.7e9}
 
 

@@ -1,6 +1,6 @@
 """Seconds per update, by part, and peak memory of a script, beside the floor: the time of its unavoidable parts alone.
 
-    python benchmark/step.py --script remax|reinforce|ppo|spr|spr_token|sft|reward_model|dpo --workload W1|W2 --steps 5
+    python benchmark/step.py --script remax|reinforce|ppo|grpo|spr|… --workload W1|W2 --steps 5
 
 It runs the script's own main() on random weights (or on the model that you name) and times the functions of common.py
 that main() calls. No token ends a response, so all responses have full length. Then it measures the floor in the same
@@ -10,10 +10,10 @@ torch, without masks, text or engine. `product_cpu_s`: the update's multiply-add
 large matrix product, which nothing undercuts. Compare CPU seconds (`cpu_s`) on a CPU, wall seconds
 (`median_s`) on a GPU.
 
-An update of `spr` and `spr_token` is one pass over two samples per prompt, as many as ReMax generates, in one optimizer
-step (two of spr_token.py's value model); scoring reads the reward model from disk. `sft` is spr.py on as many
-demonstrations; `reward_model` and `dpo` read a pair for each prompt. dpo.py's forward of its reference comes before
-the first update and does not count.
+An update of `grpo`, `spr` and `spr_token` is one pass over two samples per prompt, as many as ReMax generates, in one
+optimizer step (two of spr_token.py's value model). SPR's scoring reads the reward model from disk. `sft` is spr.py on
+as many demonstrations; `reward_model` and `dpo` read a pair for each prompt. dpo.py's forward of its reference comes
+before the first update and does not count.
 """
 
 import functools
@@ -41,13 +41,14 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 PARTS = ("rollout", "scoring", "reference", "training", "rest")
-TWO_ROWS = ("spr", "spr_token", "sft", "reward_model", "dpo")  # two rows of each prompt are trained on
+TWO_ROWS = ("grpo", "spr", "spr_token", "sft", "reward_model", "dpo")  # two rows of each prompt are trained on
 PAIRS = ("reward_model", "dpo")
+WITH_REFERENCE = ("remax", "reinforce", "ppo", "grpo")  # it is asked in each update
 
 
 @dataclass
 class Args:
-    script: Literal["remax", "reinforce", "ppo", "spr", "spr_token", "sft", "reward_model", "dpo"] = "remax"
+    script: Literal["remax", "reinforce", "ppo", "grpo", "spr", "spr_token", "sft", "reward_model", "dpo"] = "remax"
     """Script to measure."""
     workload: Literal["W1", "W2", "M1", "G1", "G2", "G3", "G4", "tiny"] = "W1"
     """Model and batch, see workloads.py."""
@@ -216,7 +217,7 @@ def floor(args: Args, saved: dict, model: str, reward_model: str, prompts_BP, le
         optimizer.step()
 
     parts, times_of = {}, {rollout: 1, scoring: 1, reference: 1, training: epochs, step: epochs * len(models)}
-    if args.script in TWO_ROWS:
+    if args.script not in WITH_REFERENCE:
         del times_of[reference]
     if args.script == "spr_token":
         times_of[step] += 1  # its value model makes two
@@ -247,7 +248,7 @@ def multiply_adds(args: Args, config, B: int, P: int, T: int) -> float:
     total = 3 * epochs * forward(rows, head=0 if args.script == "reward_model" else T)  # backward is two more
     if args.script not in ("sft", *PAIRS):
         total += forward(B, 0, P) + forward(greedy * rows, P, S, head=T) + forward(greedy * rows)  # rollout, scores
-    if args.script in ("remax", "reinforce", "ppo"):
+    if args.script in WITH_REFERENCE:
         total += forward(rows, head=T)  # the reference
     if args.script == "spr_token":
         total += 2 * forward(rows) + 3 * forward(rows)  # Q and W before and after their fit, and the fit
@@ -319,6 +320,8 @@ def main() -> None:
             flags += ["--response-length", str(response_length)]
         if args.script == "ppo":
             flags += ["--num-epochs", str(args.ppo_epochs)]
+        elif args.script == "grpo":
+            flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split()
         elif args.script == "spr":
             flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split()
         elif args.script == "spr_token":

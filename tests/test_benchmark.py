@@ -22,7 +22,7 @@ import rows  # noqa: E402
 @pytest.mark.slow
 def test_the_parts_of_a_step_add_up_and_have_a_floor(tmp_path):
     flags = "--workload tiny --steps 2 --ppo-epochs 2 --results".split()
-    names = ("remax", "ppo", "spr_token", "sft", "dpo")
+    names = ("remax", "ppo", "grpo", "spr_token", "sft", "dpo")
     cases = [("benchmark/step.py", "--script", name, *flags, tmp_path / name) for name in names]
     flags = "--tasks rule --episodes 0 --batches 3 --batch-size 4 --results".split()
     cases += [("benchmark/gradient_variance.py", *flags, tmp_path / "variance")]
