@@ -101,8 +101,11 @@ class Clock:
         def timed(*args, **kwargs):
             if self.inside or not self.seconds:
                 return function(*args, **kwargs)
-            module = args[0].engine if isinstance(args[0], common.Policy) else args[0]
-            of = part or ("training" if next(module.parameters()).requires_grad else "reference")
+            of = part
+            if of is None:
+                module = args[0].engine if isinstance(args[0], common.Policy) else args[0]
+                is_trained = any(parameter.requires_grad for parameter in module.parameters())
+                of = "training" if is_trained else "reference"
             self.inside, start = True, now()
             result = function(*args, **kwargs)
             self.seconds[-1][of] += now() - start
