@@ -19,7 +19,7 @@ from tasks import TITLES
 PARTS = dict(rollout="#2f5fa8", scoring="#a8dba8", reference="#8e6bb0", training="#f2b179", rest="#777777")
 NAMES = {"sft": "supervised fine-tuning", "spr": "SPR", "spr_token": "SPR, Algorithm 1", "dpo": "DPO"}
 NAMES |= {"reward_model": "reward model", "reinforce": "REINFORCE", "remax": "ReMax", "ppo": "PPO"}
-NAMES |= {"ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
+NAMES |= {"grpo": "GRPO", "ppo1": "PPO, 1 epoch", "ppo4": "PPO, 4 epochs"}
 NAMES |= {"TRL 1.16.0 rloo": "TRL RLOO, N = 2", "TRL 1.12.0 ppo1": "TRL PPO, 1 epoch"}
 NAMES |= {"TRL 1.12.0 ppo4": "TRL PPO, 4 epochs"}
 # Colour, line and marker of each method of tuned.py.
@@ -55,6 +55,8 @@ def step_time(workloads: list[str]):
     """CPU seconds per update, the parts of our scripts, and the floor; the median run where there are several."""
     runs = {}
     for row in read("step.jsonl") + read("peers.jsonl"):
+        if "--lora-rank" in row["flags"]:
+            continue
         runs.setdefault((row["task"], row["method"]), []).append(row)
     rows = {key: sorted(group, key=lambda row: row["cpu_s"])[len(group) // 2] for key, group in runs.items()}
     figure, axes = plt.subplots(1, len(workloads), figsize=(9, 3), layout="constrained")
@@ -224,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the PNG files go")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     figures = dict(
         first_run=first_run(),
         step=step_time(["W1", "W2"]),
