@@ -115,9 +115,9 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"**depends on PPO's epochs**: one {times[0]}, four {times[1]}",
         f"**holds**: {ratio('memory.jsonl', 'M1', 'peak_rss_mb', 'spr', 'sft'):.2f} times",
         f"reviews {noise('reviews', 0)} of REINFORCE's at first, {noise('reviews', 3200)} at the end; "
-        f"rule {noise('rule', 0)}, {noise('rule', 3200)}",
-        f"every reward raised by 9.3: {gold_before('reinforce', raised)}, ReMax {gold_before('remax', raised)}; "
-        f"as they are: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
+        f"rule {noise('rule', 0)}, {noise('rule', 1600)} halfway",
+        f"raised by 9.3 from {gold_before('reinforce')} to {gold_before('reinforce', raised)}, "
+        f"ReMax from {gold_before('remax')} to {gold_before('remax', raised)}; each at its best: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
         f"{gold('remax', 'rule')}",
         f"reviews {gold('remax, N = 3')} at {nats('remax, N = 3')} nats, PPO {gold('ppo, 1 epoch')} at "
         f"{nats('ppo, 1 epoch')}; with one {gold('remax')} at {nats('remax')}; rule {gold('remax', 'rule')}, "
