@@ -85,7 +85,7 @@ def test_the_readme_s_figures_are_those_of_the_rows():
 
     def ends(method, task, name):
         found = [row for row in rows(name) if (row["method"], row["task"], row["tuning"]) == (method, task, False)]
-        assert len(found) >= 5
+        assert len(found) >= (3 if task == "imdb" else 5)
         return found
 
     def gold(method, task="reviews", name="restraints.jsonl"):
@@ -118,7 +118,7 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"rule {noise('rule', 0)}, {noise('rule', 1600)} halfway",
         f"raised by 9.3 from {gold_before('reinforce')} to {gold_before('reinforce', raised)}, "
         f"ReMax from {gold_before('remax')} to {gold_before('remax', raised)}; each at its best: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
-        f"{gold('remax', 'rule')}",
+        f"{gold('remax', 'rule')}; real text {gold('reinforce', 'imdb')}, {gold('remax', 'imdb')}",
         f"reviews {gold('remax, N = 3')} at {nats('remax, N = 3')} nats, PPO {gold('ppo, 1 epoch')} at "
         f"{nats('ppo, 1 epoch')}; with one {gold('remax')} at {nats('remax')}; rule {gold('remax', 'rule')}, "
         f"{gold('ppo, 1 epoch', 'rule')}",
