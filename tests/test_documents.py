@@ -117,7 +117,8 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"reviews {noise('reviews', 0)} of REINFORCE's at first, {noise('reviews', 3200)} at the end; "
         f"rule {noise('rule', 0)}, {noise('rule', 1600)} halfway",
         f"raised by 9.3 from {gold_before('reinforce')} to {gold_before('reinforce', raised)}, "
-        f"ReMax from {gold_before('remax')} to {gold_before('remax', raised)}; each at its best: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
+        f"ReMax from {gold_before('remax')} to {gold_before('remax', raised)}; "
+        f"each at its best: reviews {gold('reinforce')}, {gold('remax')}; rule {gold('reinforce', 'rule')}, "
         f"{gold('remax', 'rule')}; real text {gold('reinforce', 'imdb')}, {gold('remax', 'imdb')}",
         f"reviews {gold('remax, N = 3')} at {nats('remax, N = 3')} nats, PPO {gold('ppo, 1 epoch')} at "
         f"{nats('ppo, 1 epoch')}; with one {gold('remax')} at {nats('remax')}; rule {gold('remax', 'rule')}, "
