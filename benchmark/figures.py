@@ -55,9 +55,8 @@ def step_time(workloads: list[str]):
     """CPU seconds per update, the parts of our scripts, and the floor; the median run where there are several."""
     runs = {}
     for row in read("step.jsonl") + read("peers.jsonl"):
-        if "--lora-rank" in row["flags"]:
-            continue
-        runs.setdefault((row["task"], row["method"]), []).append(row)
+        if "--lora-rank" not in row["flags"]:  # rows with adapters have the same method
+            runs.setdefault((row["task"], row["method"]), []).append(row)
     rows = {key: sorted(group, key=lambda row: row["cpu_s"])[len(group) // 2] for key, group in runs.items()}
     figure, axes = plt.subplots(1, len(workloads), figsize=(9, 3), layout="constrained")
     for axis, workload in zip(axes, workloads, strict=True):

@@ -323,9 +323,7 @@ def main() -> None:
             flags += ["--response-length", str(response_length)]
         if args.script == "ppo":
             flags += ["--num-epochs", str(args.ppo_epochs)]
-        elif args.script == "grpo":
-            flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split()
-        elif args.script == "spr":
+        elif args.script in ("grpo", "spr"):
             flags += "--num-samples 2 --num-epochs 1 --num-minibatches 1".split()
         elif args.script == "spr_token":
             flags += "--num-samples 2 --num-epochs 1 --value-epochs 1 --num-minibatches 1".split()
