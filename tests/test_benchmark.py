@@ -531,6 +531,91 @@ def test_the_tables_of_tuned_methods_are_those_of_the_rows():
     assert tuned.envelope_table(results, "reviews") in page
 
 
+def table_of(page: str, title: str) -> dict[str, list[str]]:
+    """The table whose first column has this title: first cell of a line -> its other cells, without bold."""
+    lines = page[page.index(f"| {title} |") :].split("\n\n")[0].replace("**", "").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {first: others for first, *others in cells}
+
+
+def rows_by_method(name: str, task: str) -> dict[str, list[dict]]:
+    """Rows of a task in a file of results. Rows with adapters have the script's name as method, too: it gets a +."""
+    groups = {}
+    for row in rows.read_rows(rows.RESULTS / name):
+        if row["task"] == task:
+            method = row["method"] + "+" * ("--lora-rank" in row["flags"])
+            groups.setdefault(method, []).append(row)
+    return groups
+
+
+def listed(values, digits=2) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+SPEED = {
+    "ReMax": "remax",
+    "ReMax, `--lora-rank 8`": "remax+",
+    "REINFORCE": "reinforce",
+    "GRPO, N = 2": "grpo",
+    "PPO, 1 epoch": "ppo1",
+    "PPO, 4 epochs": "ppo4",
+    "SPR, N = 2": "spr",
+    "SPR, Algorithm 1, N = 2": "spr_token",
+}
+PEERS = dict(remax="TRL 1.16.0 rloo", ppo1="TRL 1.12.0 ppo1", ppo4="TRL 1.12.0 ppo4")
+
+
+def test_the_table_of_speed_is_that_of_the_rows():
+    """A cell with several numbers has a row for each round; the peer's rows are in the same order."""
+    page = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+    table = table_of(page, "update")
+    assert table.keys() == SPEED.keys()
+    for at, task in ((0, "W1"), (3, "W2")):
+        ours = rows_by_method("step.jsonl", task)
+        peers = rows_by_method("peers.jsonl", task)
+        assert ours.keys() == set(SPEED.values()) and peers.keys() == set(PEERS.values())
+        for title, method in SPEED.items():
+            seconds = [row["cpu_s"] for row in ours[method]]
+            expected = [", ".join(f"{x:.3g}" if x > 10 else f"{x:.2f}" for x in seconds), ""]
+            if method in PEERS:
+                pairs = zip(seconds, peers[PEERS[method]], strict=True)
+                expected[1] = listed(x / peer["cpu_s"] for x, peer in pairs)
+            expected.append(listed(row["cpu_s"] / row["floor_cpu_s"] for row in ours[method]))
+            assert table[title][at : at + 3] == expected, title
+            if task == "W2":
+                remax = statistics.fmean(row["cpu_s"] for row in ours["remax"])
+                assert float(table[title][6]) == round(statistics.fmean(seconds) / remax, 2), title
+
+
+MEMORY = {
+    "ReMax, `--lora-rank 8`": "remax+",
+    "reward model": "reward_model",
+    "DPO": "dpo",
+    "SPR": "spr",
+    "supervised fine-tuning (spr.py)": "sft",
+    "REINFORCE": "reinforce",
+    "ReMax": "remax",
+    "GRPO, N = 2": "grpo",
+    "SPR, Algorithm 1": "spr_token",
+    "PPO": "ppo",
+}
+
+
+def test_the_table_of_memory_is_that_of_the_rows():
+    page = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+    groups = rows_by_method("memory.jsonl", "M1")
+    sft, ppo = groups["sft"][-1]["peak_rss_mb"], groups["ppo"][-1]["peak_rss_mb"]
+    expected = []
+    for method, group in groups.items():
+        row = group[-1]
+        peak = row["peak_rss_mb"]
+        cells = [f"{row['bytes_per_parameter']:.0f}", f"{peak:,.0f}", f"{peak / sft:.3f}", f"{peak / ppo:.2f}"]
+        expected.append((peak, method, cells))
+    found = table_of(page, "script | bytes per parameter, by arithmetic")
+    assert [method for _, method, _ in sorted(expected)] == [MEMORY[title] for title in found]
+    assert [cells for _, _, cells in sorted(expected)] == list(found.values())
+
+
 def test_the_benchmark_s_table_of_gradients_is_that_of_its_rows():
     import gradient_variance
 
