@@ -623,6 +623,13 @@ def test_the_benchmark_s_table_of_gradients_is_that_of_its_rows():
     assert gradient_variance.table(results) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_the_first_run_is_that_of_its_rows():
+    import first_run
+
+    results = rows.read_rows(rows.RESULTS / "first_run.jsonl")
+    assert first_run.table(results) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_shows_the_table_that_memory_prints():
     import memory
 
