@@ -1799,7 +1799,10 @@ class Run:
                 print(f"{name.replace('_', ' ').capitalize()}: {os.path.relpath(self.flags[name])}")
         self.bar = tqdm(total=num_updates, initial=self.last_checkpoint, unit="update", disable=not self.is_main)
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self.hear)
 
     # The folder
@@ -1936,7 +1939,7 @@ class Run:
     # The end
 
     def hear(self, number, frame):
-        """The first ctrl-C or SIGTERM ends the run after its update. A second one ends it at once."""
+        """The first ctrl-C, SIGTERM or closed terminal ends the run after its update. A second one ends it at once."""
         now = time.monotonic()
         if not self.signal:
             self.signal = number
@@ -1948,7 +1951,7 @@ class Run:
             signal.raise_signal(number)
 
     def stop_if_asked(self, update):
-        """After a signal at any rank: a checkpoint, a line that says how to go on, exit status 130 or 143."""
+        """After a signal at any rank: a checkpoint, a line that says how to go on, exit status 128 + its number."""
         number = max(gather_rows([self.signal]))
         if number and update < self.bar.total:  # the last one is followed by the end
             if update > self.last_checkpoint:  # else it is there, and a kill would tear it

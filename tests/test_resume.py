@@ -3,12 +3,14 @@
 And runs of many updates: they do not leak, and however often they are killed they end with the same weights.
 """
 
+import fcntl
 import json
 import math
 import os
 import random
 import signal
 import subprocess
+import termios
 import time
 
 import pytest
@@ -158,6 +160,30 @@ SIGNALS = [("remax", signal.SIGTERM), ("spr", signal.SIGINT)]
 @pytest.mark.parametrize("script, number", others_are_slow(SIGNALS, soon="remax"))
 def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, script, number):
     interrupted_and_resumed(tmp_path, script, number)
+
+
+def take_terminal():
+    """In a new process whose standard input is a terminal: closing that one then sends it SIGHUP."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.parametrize("prefix", [[], pytest.param(["nohup"], marks=pytest.mark.slow)])
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint_but_not_under_nohup(tmp_path, prefix):
+    """As when a connection breaks: SIGHUP comes, and nothing can be written to the terminal any more."""
+    folder, updates = tmp_path / "r", 60
+    flags = ["--total-episodes", 8 * updates, "--batch-size", 8, "--eval-every", 0, *short_flags("remax", 8)]
+    command = [*prefix, *launch_command("remax.py", *flags, "--output-dir", folder)]
+    ours, theirs = os.openpty()
+    pipes = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal)
+    process = subprocess.Popen(command, cwd=tmp_path, env=script_environment(), **pipes)
+    os.close(theirs)
+    while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
+        time.sleep(0.01)
+        assert process.poll() is None, os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert process.wait(60) == (0 if prefix else 128 + signal.SIGHUP)
+    last = read_metrics(folder)[-1]["update"]
+    assert last == updates if prefix else latest(folder) == last < updates
 
 
 @pytest.mark.slow
