@@ -189,8 +189,10 @@ def decode(tokenizer, tokens: list[list[int]], dropped_ids=()) -> list[str]:
     Special tokens are part of the text, except `dropped_ids`. Spaces stay as they are, so that a text gives its ids
     again wherever the tokenizer allows it.
     """
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    rows = [anchor + [token for token in row if token not in dropped_ids] for row in [[], *tokens]]
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]  # with it in front a text keeps its first space
+    rows = [anchor]
+    for row in tokens:
+        rows.append(anchor + [token for token in row if token not in dropped_ids])
     start, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return [text[len(start) :] for text in texts]
 
@@ -212,7 +214,7 @@ def pad(rows: list[list[int]], side, device: torch.device):
 def rollout(policy, prompts: list[Prompt], num_samples, greedy) -> Responses:
     """Each prompt's `num_samples` sampled rows, then its demonstration if it has one; all greedy rows come last."""
     prompts_BP, prompt_mask_BP = pad([prompt.ids for prompt in prompts], "left", policy.device)
-    rows_per_prompt = num_samples + greedy
+    rows_per_prompt = num_samples + int(greedy)
     sampled = []
     greedy_rows = []
     if rows_per_prompt > 0:  # supervised fine-tuning has demonstrations alone
@@ -389,9 +391,8 @@ def joined(rows: Responses):
     num_tokens = int(longest)
     tokens_BT = F.pad(rows.tokens_BT, (0, num_tokens - rows.tokens_BT.shape[1]))  # a negative padding cuts
     ids_BL = torch.cat([rows.prompts_BP, tokens_BT], 1)
-    mask_BL = torch.cat(
-        [rows.prompt_mask_BP, torch.ones_like(tokens_BT)], 1
-    )  # the loss masks what follows EOS, and no token before sees it
+    # What follows EOS counts as text here: the loss masks it, and no token before sees it.
+    mask_BL = torch.cat([rows.prompt_mask_BP, torch.ones_like(tokens_BT)], 1)
     return ids_BL, mask_BL, num_tokens
 
 
@@ -688,6 +689,10 @@ class Backend:
     gradient_checkpointing: bool
     lora_rank: int
 
+    def unsharded(self) -> "Backend":
+        """For models that come and go: DeepSpeed never frees one that it has sharded."""
+        return dataclasses.replace(self, zero_stage=0, offload=False)
+
 
 # Loading
 
@@ -820,6 +825,8 @@ def load_policy(path, tokenizer, sampling: Sampling, backend) -> Policy:
 
 def load_reference(policy: Policy, backend) -> Policy:
     """The policy as it was before training, frozen. `load_policy` has checked its model."""
+    if not any(parameter.requires_grad for parameter in policy.engine.parameters()):
+        return policy  # it is one itself
     if backend.lora_rank:
         model = without_adapters(policy.decoder)  # no second copy: its weights are the policy's own
     else:

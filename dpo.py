@@ -42,7 +42,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -66,7 +66,7 @@ class Args:
     response_length: PositiveInt = 48
     """Maximum number of tokens of a response."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
 
     # Optimization
     total_episodes: PositiveInt | None = None
@@ -76,7 +76,7 @@ class Args:
     micro_batch_size: PositiveInt = 64
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 3e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -90,7 +90,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -223,7 +223,6 @@ def main() -> None:
     )
     policy = common.load_policy(args.model, tokenizer, sampling, backend)
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
 
     needed = set(common.shuffled_indices(len(pairs), args.seed, 0, num_updates * args.batch_size))
     for some in ([pairs[i] for i in needed], eval_pairs):  # it is the initial policy: `run` resumes later
@@ -232,7 +231,7 @@ def main() -> None:
 
     def evaluated(update) -> dict[str, float]:
         rows = evaluate(policy, eval_pairs, pairs_at_once, args.beta)
-        reference = common.load_reference(policy, whole)
+        reference = common.load_reference(policy, backend.unsharded())
         prompts = [pair.prompt for pair in eval_pairs]
         greedy = common.evaluate(policy, reference, prompts, reward_functions, args.micro_batch_size)
         run.log_samples(update, greedy)

@@ -1,17 +1,18 @@
 r"""GRPO for language models: PPO's clipped ratios, with a group of responses as baseline in place of a value model.
 
-To each prompt x the policy π gives N responses y_1 … y_N, sampled. A_i, one number for all tokens of y_i, is its reward
-less the mean of the N rewards, over their standard deviation. The policy takes one step or more that maximise
+For each prompt x the policy π writes N responses y_1 … y_N. A_i, one number for all tokens of y_i, is its reward
+less the mean of the N rewards, divided by their standard deviation. The policy takes one step or more that maximise
 
     mean over responses of  1/|y_i| Σ_t (min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β k_t),   ρ_t = π(y_t) / π_old(y_t)
 
 (arXiv 2402.03300, eq. 3) with k_t = π_ref/π − 1 − log(π_ref/π), "k3". --variant dr-grpo (arXiv 2503.20783) leaves out
 the standard deviation and 1/|y_i|. What differs from ReMax, and what follows from it:
-- the baseline: N samples and no greedy response. Their mean holds the own reward: (N − 1)/N of the true gradient;
+- the baseline: the mean of N sampled rewards, and no greedy response. It includes the response's own reward, so the
+  expected gradient (without the divisions) is (N − 1)/N of the true one;
 - the standard deviation: prompts whose rewards hardly differ count as much as those whose rewards differ a lot;
 - 1/|y_i|: of right responses short ones gain the most per token, of wrong ones long ones lose the least;
-- the KL in the loss: on average k3 pulls like the forward KL(π_ref ‖ π) of each token, and on a token that π prefers
-  with less than β, however far π has gone. In ReMax the pull grows with log(π/π_ref);
+- the KL in the loss: on average k3 pulls like the forward KL(π_ref ‖ π) of each token. On a token that π prefers it
+  pulls with less than β, however far π has gone; in ReMax the pull grows with log(π/π_ref);
 - importance ratios, clipping, old log-probabilities: they correct for the steps since the responses were sampled;
   with one step per rollout, the default, all ratios are 1.
 
@@ -47,7 +48,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -73,7 +74,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -81,7 +82,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -93,7 +94,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 7e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -107,7 +108,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -153,7 +154,8 @@ def policy_loss(logprobs_BT, old_logprobs_BT, ref_logprobs_BT, advantages_B, mas
     objective_BT = torch.min(ratios_BT * advantages_BT, clipped_BT * advantages_BT)  # arXiv 1707.06347, eq. 7
     ref_log_ratios_BT = (ref_logprobs_BT.detach().to(logprobs_BT) - logprobs_BT) * mask_BT
     kl_BT = ref_log_ratios_BT.exp() - 1 - ref_log_ratios_BT  # k3: arXiv 2402.03300, eq. 4
-    return -((objective_BT - beta * kl_BT) * mask_BT * weights_B.detach().to(logprobs_BT)[:, None]).sum()
+    weights_BT = weights_B.detach().to(logprobs_BT)[:, None] * mask_BT
+    return -((objective_BT - beta * kl_BT) * weights_BT).sum()
 
 
 # ---------------------------------------------------------------- Training
@@ -253,7 +255,7 @@ def main() -> None:
         learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         losses = []
         log_ratios, grad_norms = [], []
-        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).split(minibatch_size)]
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).split(minibatch_size)]
         for minibatch in minibatches:
             for positions, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
                 rows = minibatch[positions].tolist()
@@ -282,7 +284,7 @@ def main() -> None:
         means = dict(
             reward=rewards_B,
             reward_std=common.standard_deviation(rewards_B),
-            tied_fraction=rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4,  # these teach nothing
+            tied_fraction=rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4,  # only KL teaches
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),

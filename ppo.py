@@ -1,6 +1,6 @@
 r"""PPO for language models: clipped importance ratios, a value model and generalized advantage estimation.
 
-To each prompt x the policy π gives one response y, sampled. Its tokens' advantages A_t come from the rewards and from a
+For each prompt x the policy π writes one response y, sampled. Its tokens' advantages A_t come from the rewards and a
 value model V; then the policy takes several steps on the same responses, each of which maximises
 
     mean over tokens of  min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t),   ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)
@@ -47,7 +47,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -73,7 +73,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -81,7 +81,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -93,7 +93,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 7e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -111,7 +111,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -143,6 +143,7 @@ def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_c
     gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
+    # The penalty is a reward, so it is detached: its own gradient has mean 0.
     log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL
     mask_BT = mask_BT.to(rewards_B)
     values_BT = values_BT.detach().to(rewards_B) * mask_BT  # nothing is expected after the last token
@@ -176,13 +177,13 @@ def policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_range
 
 def value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip_range_value, denominator):
     """Σ ½ max((V − R)², (clip(V) − R)²) / denominator -> scalar, differentiable in values_BT."""
-    old_values_BT = old_values_BT.detach()
-    returns_BT = returns_BT.detach()
+    old_values_BT = old_values_BT.detach().to(values_BT)
+    returns_BT = returns_BT.detach().to(values_BT)
     mask_BT = mask_BT.to(values_BT)
     clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip_range_value, clip_range_value)
     errors_BT = (values_BT - returns_BT) * mask_BT
     clipped_errors_BT = (clipped_BT - returns_BT) * mask_BT
-    return (0.5 * torch.max(errors_BT**2, clipped_errors_BT**2) / denominator).sum().to(values_BT)
+    return (0.5 * torch.max(errors_BT**2, clipped_errors_BT**2) / denominator).sum()
 
 
 def whiten(advantages_BT, mask_BT):
@@ -291,19 +292,19 @@ def main() -> None:
         value_learning_rate = learning_rate * args.value_learning_rate / args.learning_rate  # the same schedule
         losses = []
         value_losses, log_ratios, grad_norms = [], [], []
-        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).split(minibatch_size)]
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).split(minibatch_size)]
         for minibatch in minibatches:
-            tokens = common.global_means(tokens=mask_BT[minibatch].sum())["tokens"]  # the engine averages over ranks
+            num_tokens = common.global_means(mean=mask_BT[minibatch].sum())["mean"]  # the engine averages over ranks
             for positions, is_last in common.micro_batches(mask_BT[minibatch].sum(1), args.micro_batch_size):
                 rows = minibatch[positions].tolist()
                 mask_MT, old_logprobs_MT, advantages_MT = mask_BT[rows], logprobs_BT[rows], advantages_BT[rows]
                 logprobs_MT = common.logprobs(policy, sampled[rows])
-                loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, tokens)
+                loss = policy_loss(logprobs_MT, old_logprobs_MT, advantages_MT, mask_MT, args.clip_range, num_tokens)
                 common.backward(policy.engine, loss, is_last)
                 losses.append(loss.detach())
                 values_MT = common.values(value, sampled[rows])
                 old_values_MT, returns_MT = values_BT[rows], returns_BT[rows]
-                loss = value_loss(values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, tokens)
+                loss = value_loss(values_MT, old_values_MT, returns_MT, mask_MT, args.clip_range_value, num_tokens)
                 common.backward(value, loss, is_last)
                 value_losses.append(loss.detach())
                 log_ratios.append((logprobs_MT.detach() - old_logprobs_MT)[mask_MT == 1])

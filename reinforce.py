@@ -1,16 +1,16 @@
-r"""REINFORCE for language models: each response's reward, with no baseline or with that of its siblings.
+r"""REINFORCE for language models: each response's reward, alone or less the mean of the prompt's other rewards.
 
-To each prompt x the policy π gives N responses y_1 … y_N, all sampled (N = 1 by default):
+For each prompt x the policy π writes N responses y_1 … y_N, all sampled (N = 1 by default). With y for y_i:
 
-    gradient  =  mean over responses of  Σ_t (R_t − b_i) ∇ log π(y_t | x, y_<t)
+    gradient  ≈  mean over responses of  Σ_t (R_t − b_i) ∇ log π(y_t | x, y_<t)
 
-R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). The baseline b_i is
-0; with --baseline leave-one-out it is the mean reward of the other N − 1 responses to the same prompt (RLOO, Kool et
-al. 2019, Ahmadian et al. 2024), which does not depend on y_i, so that (for γ = 1) the gradient stays unbiased.
+R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). A token's penalty is
+kl_coef · log(π / π_ref). The baseline b_i is 0; with --baseline leave-one-out it is the mean reward of the other N − 1
+responses to the same prompt (RLOO, Kool et al. 2019, Ahmadian et al. 2024), so the gradient stays unbiased.
 
 PPO has these parts, which this script does not need:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
-  and the reward comes once, at the end, so only the sampling of tokens makes the return noisy, and we accept it;
+  and a response's reward comes at its end. So only the sampling of tokens makes the return noisy, and we accept it;
 - importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that takes
   the step is the one that sampled;
 - epochs, minibatches, whitened advantages: there is one step per rollout, and advantages stay in reward units.
@@ -47,7 +47,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -73,7 +73,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -81,7 +81,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -93,7 +93,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 7e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -111,7 +111,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -130,10 +130,11 @@ class Args:
 def advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef, gamma):
     """Each token's return -> advantages_BT, detached, 0 after a response's end.
 
-    rewards_B: rewards of the sampled responses, less their baselines if there are any. logprobs_BT, ref_logprobs_BT:
+    rewards_B: rewards of the sampled responses. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
     rewards_B = rewards_B.detach()
+    # The penalty is a reward, so it is detached: its own gradient has mean 0.
     log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL
     mask_BT = mask_BT.to(rewards_B)
 
@@ -255,18 +256,19 @@ def main() -> None:
 
         # 5. Update: one step. The policy is still the one that sampled: its log-probabilities give loss and KL penalty.
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
-        logprobs_BT = torch.empty_like(ref_logprobs_BT)
+        logprobs_BT = torch.empty_like(ref_logprobs_BT)  # the loop fills it, for the metrics
+        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         losses = []
         for rows, is_last in common.micro_batches(mask_BT.sum(1), args.micro_batch_size):
             logprobs_MT = common.logprobs(policy, sampled[rows])
             logprobs_BT[rows] = logprobs_MT.detach()
-            ref_logprobs_MT, mask_MT = ref_logprobs_BT[rows], mask_BT[rows]
-            rewards_M = (rewards_B - baselines_B)[rows]
-            advantages_MT = advantages(rewards_M, logprobs_MT, ref_logprobs_MT, mask_MT, args.kl_coef, args.gamma)
+            ref_logprobs_MT = ref_logprobs_BT[rows]
+            mask_MT = mask_BT[rows]
+            advantages_MT = advantages(rewards_B[rows], logprobs_MT, ref_logprobs_MT, mask_MT, args.kl_coef, args.gamma)
+            advantages_MT -= baselines_B[rows][:, None] * mask_MT  # not discounted, as in remax.py
             loss = policy_loss(logprobs_MT, advantages_MT, mask_MT, denominator=B)  # the engine averages over ranks
             common.backward(policy.engine, loss, is_last)
             losses.append(loss.detach())
-        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
         clock.lap("train")
 
@@ -284,7 +286,7 @@ def main() -> None:
             means["gold_reward"] = reward_functions["gold_reward"](sampled)
         if args.baseline == "leave-one-out":
             means["baseline_reward"] = baselines_B
-            means["tied_fraction"] = rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4  # teach nothing
+            means["tied_fraction"] = rewards_B.view(-1, args.num_samples).std(1, correction=0) < 1e-4  # only KL teaches
         metrics = dict(episodes=update * args.batch_size) | common.global_means(**means)
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_updates=skipped_updates)
         metrics |= clock.seconds

@@ -1,15 +1,16 @@
 r"""ReMax: reinforcement learning from human feedback without a value model (arXiv 2310.10505, Section 4, Algorithm 1).
 
-To each prompt x the policy π gives two responses: y, sampled, and ȳ, greedy. The reward of ȳ is the baseline of y:
+For each prompt x the policy π writes y, sampled (--num-samples of them), and ȳ, greedy, whose reward is y's baseline:
 
     gradient  ≈  mean over sampled responses of  Σ_t (R_t − r(x, ȳ)) ∇ log π(y_t | x, y_<t)
 
-R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (γ = 1; Algorithm 1 has none).
-The baseline does not depend on y, so the gradient stays unbiased. Near the expected reward it makes it less noisy.
+R_t is the reward r(x, y) of the whole response less the KL penalties from token t on (for γ = 1). A token's penalty is
+kl_coef · log(π / π_ref); Algorithm 1 has no penalty. The baseline does not depend on y, so the gradient stays unbiased,
+and a baseline near the expected reward makes it less noisy. ȳ is decoded and scored, but not trained on.
 
 PPO has these parts, which this script does not need:
 - a value model, its optimizer, GAE: the environment is deterministic (the next state is the text plus the chosen token)
-  and the reward comes once, at the end. So one number per prompt may be the baseline: the reward of one more response;
+  and a response's reward comes at its end. So one number per prompt can be the baseline, and no value per token;
 - importance ratios, clipping, old log-probabilities: each rollout serves one optimizer step, so the policy that takes
   the step is the one that sampled;
 - epochs, minibatches, whitened advantages: there is one step per rollout, and advantages stay in reward units.
@@ -46,7 +47,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -72,7 +73,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -80,7 +81,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -92,7 +93,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 7e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -110,7 +111,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -132,6 +133,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     """
     rewards_B = rewards_B.detach()
     baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
+    # The penalty is a reward, so it is detached: its own gradient has mean 0.
     log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL
     mask_BT = mask_BT.to(rewards_B)
 
@@ -246,19 +248,20 @@ def main() -> None:
 
         # 5. Update: one step. The policy is still the one that sampled: its log-probabilities give loss and KL penalty.
         ref_logprobs_BT = common.all_logprobs(reference, sampled, args.micro_batch_size)
-        logprobs_BT = torch.empty_like(ref_logprobs_BT)
+        logprobs_BT = torch.empty_like(ref_logprobs_BT)  # the loop fills it, for the metrics
+        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         losses = []
         for rows, is_last in common.micro_batches(mask_BT.sum(1), args.micro_batch_size):
             logprobs_MT = common.logprobs(policy, sampled[rows])
             logprobs_BT[rows] = logprobs_MT.detach()
-            ref_logprobs_MT, mask_MT = ref_logprobs_BT[rows], mask_BT[rows]
+            ref_logprobs_MT = ref_logprobs_BT[rows]
+            mask_MT = mask_BT[rows]
             advantages_MT = advantages(
                 rewards_B[rows], baselines_B[rows], logprobs_MT, ref_logprobs_MT, mask_MT, args.kl_coef, args.gamma
             )
             loss = policy_loss(logprobs_MT, advantages_MT, mask_MT, denominator=B)  # the engine averages over ranks
             common.backward(policy.engine, loss, is_last)
             losses.append(loss.detach())
-        learning_rate = common.scheduled(args.learning_rate, args.lr_schedule, args.warmup_ratio, update, num_updates)
         grad_norm, skipped_updates = common.optimizer_step(policy.engine, learning_rate)
         clock.lap("train")
 
@@ -267,6 +270,7 @@ def main() -> None:
             reward=rewards_B,
             reward_std=common.standard_deviation(rewards_B),
             baseline_reward=baselines_B,
+            tied_fraction=(rewards_B - baselines_B).abs() < 1e-4,  # only KL teaches
             kl=((logprobs_BT - ref_logprobs_BT) * mask_BT).sum(1),
             entropy=-logprobs_BT[mask_BT == 1],  # estimated by the sampled tokens
             response_length=mask_BT.sum(1),

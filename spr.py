@@ -1,14 +1,15 @@
 r"""SPR, Successive Policy Re-weighting (NeurIPS 2024 FITML workshop, Algorithm 2): weighted supervised fine-tuning.
 
-To each prompt x the policy π_k gives N responses y_1 … y_N. The next policy is fitted to them, weighted by rewards:
+For each prompt x the policy π_k writes N responses y_1 … y_N. The next policy is fitted to them, weighted by rewards:
 
     π_{k+1}  =  argmax over π of  Σ_i exp((r(x, y_i) − W(x)) / β) log π(y_i | x),    W(x) = β log Σ_i exp(r(x, y_i) / β)
 
 so that π_{k+1} approaches π_k exp((r − W) / β) (Theorem 1; Algorithm 2 prints argmin by mistake). β → 0 is Best-of-N.
-A demonstration joins its prompt's samples: a heuristic. --weighting uniform --num-samples 0 is fine-tuning on them.
+A demonstration counts as one more sample of its prompt, which the theorem does not cover. With --weighting uniform and
+--num-samples 0 the script is supervised fine-tuning on demonstrations.
 
 ReMax has these parts, which this script does not need:
-- several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
+- several models at once: the reward model is loaded only while it scores, the initial policy only in an evaluation;
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
 
@@ -44,7 +45,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -70,7 +71,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -78,7 +79,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -90,7 +91,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -104,7 +105,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -214,7 +215,6 @@ def main() -> None:
     num_steps = num_epochs * args.num_minibatches * (1 if args.num_samples > 0 else num_updates)  # in a fit
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
     scoring = dict(
         model=args.reward_model,
         function=args.reward_function,
@@ -224,7 +224,7 @@ def main() -> None:
     )
     reward_functions = {}
     if args.num_samples > 0 or args.weighting != "uniform":  # else nothing is scored: it is supervised fine-tuning
-        reward_functions["reward"] = common.Reward(backend=whole, stays_loaded=False, **scoring)
+        reward_functions["reward"] = common.Reward(backend=backend.unsharded(), stays_loaded=False, **scoring)
     if args.gold_reward_function:
         reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
     sampling = common.Sampling(
@@ -237,7 +237,7 @@ def main() -> None:
     policy.engine = common.train_engine(policy.engine, backend, args.max_grad_norm)
 
     def evaluate(policy):
-        reference = common.load_reference(policy, whole)
+        reference = common.load_reference(policy, backend.unsharded())
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(  # with --resume it loads the engines
@@ -249,7 +249,7 @@ def main() -> None:
         engines=[policy.engine],
     )
     if eval_prompts:
-        initial_rows = evaluate(common.load_reference(policy, whole))
+        initial_rows = evaluate(common.load_reference(policy, backend.unsharded()))  # the win rate compares with these
         if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
@@ -260,7 +260,7 @@ def main() -> None:
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
-        responses = common.rollout(policy, batch, args.num_samples, greedy=False)
+        responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")
 
@@ -283,8 +283,10 @@ def main() -> None:
         for step, minibatch in enumerate(minibatches, start=first_step):
             numbers = (minibatch[:, None] * N + torch.arange(N)).flatten()  # of the rows of its prompts
             # Rows of weight 0 teach nothing. All ranks keep equally many, since they must take equal steps.
-            num_kept = max(common.gather_rows([int((weights_B[numbers] > 0).sum())]))
-            numbers = numbers[weights_B[numbers].argsort(descending=True, stable=True)[:num_kept].tolist()]
+            num_positive = int((weights_B[numbers] > 0).sum())
+            num_kept = max(common.gather_rows([num_positive]))
+            order = weights_B[numbers].argsort(descending=True, stable=True)
+            numbers = numbers[order[:num_kept].tolist()]
             for positions, is_last in common.micro_batches(mask_BT[numbers].sum(1), args.micro_batch_size):
                 rows = numbers[positions].tolist()
                 logprobs_MT = common.logprobs(policy, responses[rows])

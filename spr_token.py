@@ -1,6 +1,6 @@
 r"""SPR, Successive Policy Re-weighting (NeurIPS 2024 FITML workshop, Algorithm 1): a weight for each token.
 
-To each prompt x the policy π_k gives N responses. Their rewards r teach a value model: Q(s_t, y_t) is the reward to
+For each prompt x the policy π_k writes N responses. Their rewards r teach a value model: Q(s_t, y_t) is the reward to
 expect once token t is chosen in state s_t, which is the prompt and the tokens before t. The next policy is fitted to
 the weighted tokens by maximum likelihood:
 
@@ -19,7 +19,7 @@ carries the reward back by one token only, so by default Q is fitted to the rewa
 Line 10 adds to older responses; here each iteration has only its own, since eq. 13 wants responses of π_k.
 
 ReMax has these parts, which this script does not need:
-- several models at once: the reward model is read for the moment of scoring, the initial policy for an evaluation;
+- several models at once: the reward model is loaded only while it scores, the initial policy only in an evaluation;
   but the policy and the value model stay, with Adam's moments (the paper loads one model at a time);
 - a KL penalty and its reference policy: the weights multiply π_k, so π_{k+1} stays near it;
 - the policy gradient: fitting is supervised learning, which may pass over its responses more than once.
@@ -58,7 +58,7 @@ class Args:
     resume: PathOrName | None = None
     """Resume the run in this folder from its last checkpoint; no other flag is needed."""
     save_every: NonNegativeInt = 0
-    """Updates between checkpoints for --resume; 0 for one only when the run is interrupted."""
+    """Updates between checkpoints for --resume; 0 writes one only when the run is interrupted."""
 
     # Model and data
     model: PathOrName = "examples/reviews/policy"
@@ -84,7 +84,7 @@ class Args:
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in every log-probability."""
     rollout_batch_size: PositiveInt | None = None
-    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what a 16 GiB cache holds."""
+    """Rows that one rank decodes at once, at least those of one prompt; default 128, or what fits a 16 GiB cache."""
 
     # Reward
     reward_model: PathOrName | None = "examples/reviews/reward_model"
@@ -92,7 +92,7 @@ class Args:
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
     gold_reward_function: PathOrName | None = None
-    """Python function file.py:name that is logged and never trained on."""
+    """Python function file.py:name whose rewards are logged and never trained on."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Reward units taken from a response that does not end."""
 
@@ -104,7 +104,7 @@ class Args:
     micro_batch_size: PositiveInt = 32
     """Rows per forward and backward on one rank; changes memory, and results only by rounding."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate of AdamW; about 1e-6 for models of billions of parameters."""
+    """Peak learning rate of AdamW; billions of parameters want about 1e-6, demonstrations and reward models 1e-5."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling towards 0 in a line or a half cosine."""
     warmup_ratio: Fraction = 0.05
@@ -120,7 +120,7 @@ class Args:
     offload: bool = False
     """Keep optimizer state, and frozen models that stay loaded, in CPU memory between uses."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank in place of the weights, at three to ten times the learning rate; 0 for none."""
+    """Train adapters of this rank in place of the weights (give 3 to 10 times the learning rate); 0 for none."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward, to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -260,7 +260,6 @@ def main() -> None:
     B = X * N  # rows on this rank
 
     # 2. Models: what is trained stays in memory; the others are loaded when needed
-    whole = common.Backend(**vars(backend) | dict(zero_stage=0, offload=False))  # DeepSpeed would keep what it shards
     scoring = dict(
         model=args.reward_model,
         function=args.reward_function,
@@ -268,7 +267,7 @@ def main() -> None:
         prompt=prompts[0],
         micro_batch_size=args.micro_batch_size,
     )
-    reward = common.Reward(backend=whole, stays_loaded=False, **scoring)
+    reward = common.Reward(backend=backend.unsharded(), stays_loaded=False, **scoring)
     reward_functions = dict(reward=reward)
     if args.gold_reward_function:
         reward_functions["gold_reward"] = common.Reward(function=args.gold_reward_function, prompt=prompts[0])
@@ -284,7 +283,7 @@ def main() -> None:
     value = common.train_engine(TokenValues(value.model, value.zero), backend, args.max_grad_norm)
 
     def evaluate(policy):
-        reference = common.load_reference(policy, whole)
+        reference = common.load_reference(policy, backend.unsharded())
         return common.evaluate(policy, reference, eval_prompts, reward_functions, args.micro_batch_size)
 
     run = common.Run(  # with --resume it loads the engines
@@ -296,7 +295,7 @@ def main() -> None:
         engines=[policy.engine, value],
     )
     if eval_prompts:
-        initial_rows = evaluate(common.load_reference(policy, whole))
+        initial_rows = evaluate(common.load_reference(policy, backend.unsharded()))  # the win rate compares with these
         if run.last_checkpoint == 0:
             run.log(0, dict(episodes=0) | common.evaluation_metrics(initial_rows, initial_rows))
             run.log_samples(0, initial_rows)
@@ -307,7 +306,7 @@ def main() -> None:
 
         # 3. Rollout: responses of the policy as it is now
         batch = common.shuffled_batch(prompts, args.seed, update, args.batch_size)  # this rank's share
-        responses = common.rollout(policy, batch, args.num_samples, greedy=False)
+        responses = common.rollout(policy, batch, num_samples=args.num_samples, greedy=False)
         mask_BT = responses.mask_BT
         clock.lap("rollout")
 
@@ -324,11 +323,11 @@ def main() -> None:
         parts = [rows for _ in range(args.value_epochs) for rows in torch.randperm(B).split(minibatch_size)]
         minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(X).split(minibatch_size)]
         for step, part in enumerate(parts, start=1):
-            tokens = common.global_means(tokens=mask_BT[part].sum())["tokens"]  # the engine averages over ranks
+            num_tokens = common.global_means(mean=mask_BT[part].sum())["mean"]  # the engine averages over ranks
             for positions, is_last in common.micro_batches(mask_BT[part].sum(1), args.micro_batch_size):
                 rows = part[positions].tolist()
                 values_M2T = common.values(value, responses[rows])
-                loss = value_loss(values_M2T, targets_BT[rows], mask_BT[rows], args.beta, tokens)
+                loss = value_loss(values_M2T, targets_BT[rows], mask_BT[rows], args.beta, num_tokens)
                 common.backward(value, loss, is_last)
                 value_losses.append(loss.detach())
             schedule = (args.lr_schedule, args.warmup_ratio, step, len(parts))

@@ -151,9 +151,25 @@ def test_samples_whose_baseline_is_the_mean_of_the_others_are_unbiased(num_sampl
     policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, value = rollouts(num_samples)
     args = types.SimpleNamespace(num_samples=num_samples, baseline="leave-one-out")
     scored = step_4(reinforce, sampled=rewards_B, reward=lambda responses: responses, args=args)
-    inputs = (scored["rewards_B"] - scored["baselines_B"], logprobs_BT, ref_logprobs_BT, mask_BT)
-    advantages_BT = weights_B[:, None] * reinforce.advantages(*inputs, 0.3, 1.0)
+    advantages_BT = reinforce.advantages(scored["rewards_B"], logprobs_BT, ref_logprobs_BT, mask_BT, 0.3, 1.0)
+    advantages_BT = weights_B[:, None] * (advantages_BT - scored["baselines_B"][:, None] * mask_BT)
     assert_unbiased(policies, reinforce.policy_loss(logprobs_BT, advantages_BT, mask_BT, num_samples), value)
+
+
+def test_with_a_discount_only_a_baseline_that_is_not_discounted_leaves_the_gradient_as_it_is():
+    policies, logprobs_BT, ref_logprobs_BT, mask_BT, rewards_B, _, weights_B, _ = rollouts(2)
+    baselines_B = reinforce.leave_one_out(rewards_B, 2)
+
+    def gradient(rewards_B, baselines_B):
+        advantages_BT = reinforce.advantages(rewards_B, logprobs_BT, ref_logprobs_BT, mask_BT, 0.3, gamma=0.8)
+        advantages_BT = weights_B[:, None] * (advantages_BT - baselines_B[:, None] * mask_BT)
+        loss = reinforce.policy_loss(logprobs_BT, advantages_BT, mask_BT, 2)
+        return torch.autograd.grad(loss, policies[0].logits, retain_graph=True)[0]
+
+    expected = gradient(rewards_B, torch.zeros_like(rewards_B))
+    torch.testing.assert_close(gradient(rewards_B, baselines_B), expected, rtol=1e-10, atol=1e-12)
+    discounted = gradient(rewards_B - baselines_B, torch.zeros_like(rewards_B))
+    assert (discounted - expected).norm() > 0.01 * expected.norm()
 
 
 # ---------------------------------------------------------------- remax.py

@@ -218,7 +218,10 @@ def test_ppo_with_one_step_per_rollout_has_ratio_one(tmp_path):
         assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0 and abs(row["loss"]) < 1e-5
 
 
-@pytest.mark.parametrize("script, more", [("grpo", []), ("reinforce", ["--baseline", "leave-one-out"])])
+TIED = [("remax", []), ("grpo", []), ("reinforce", ["--baseline", "leave-one-out"])]
+
+
+@pytest.mark.parametrize("script, more", TIED)
 def test_prompts_whose_responses_have_one_reward_are_counted(tmp_path, script, more):
     """Of each four prompts one is such a prompt; the rewards of its responses differ by rounding."""
     lines = [json.dumps(dict(prompt=text, tied=text == " the")) for text in (" the", " a movie", " plot", " actor")]
@@ -226,12 +229,23 @@ def test_prompts_whose_responses_have_one_reward_are_counted(tmp_path, script, m
     (tmp_path / "f.py").write_text("""
 def reward(prompts, responses, tied):
     sizes = [sum(map(ord, response)) for response in responses]
-    return [5 + 1e-9 * size if same else size / 1000 for size, same in zip(sizes, tied)]
+    return [5 + 1e-11 * size if same else size / 1000 for size, same in zip(sizes, tied)]
 """)
     flags = ["--dataset", tmp_path / "p.jsonl", "--reward-function", f"{tmp_path / 'f.py'}:reward", "--eval-every", 0]
     flags += "--batch-size 4 --total-episodes 8 --num-samples 4 --response-length 8".split()
     assert run(script, [*flags, *more, "--output-dir", tmp_path / "r"], fixed=True)["status"] == 0
     assert [row["tied_fraction"] for row in read_metrics(tmp_path / "r")] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("script", ["spr", "spr_token"])
+def test_an_evaluation_loads_one_reference(tmp_path, monkeypatch, script):
+    """Also the first one, which evaluates the reference itself."""
+    loaded = []
+    load = common.load_language_model
+    monkeypatch.setattr(common, "load_language_model", lambda path, *more: loaded.append(path) or load(path, *more))
+    flags = "--num-samples 2 --total-episodes 8 --batch-size 8 --eval-size 2 --response-length 4".split()
+    assert run_here(script, *flags, "--output-dir", tmp_path / "r") == 0
+    assert len(loaded) == 3  # the policy, and a reference before and after the update
 
 
 def test_grpo_with_one_step_per_rollout_has_ratio_one(tmp_path):

@@ -45,11 +45,11 @@ def names_in(text: str) -> set[str]:
     [
         ("remax", "reinforce", 60),
         ("remax", "ppo", 170),
-        ("reinforce", "grpo", 166),
-        ("ppo", "grpo", 159),
-        ("remax", "spr", 215),
+        ("reinforce", "grpo", 169),
+        ("ppo", "grpo", 162),
+        ("remax", "spr", 221),
         ("spr", "spr_token", 240),
-        ("reward_model", "dpo", 117),
+        ("reward_model", "dpo", 116),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):

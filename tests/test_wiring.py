@@ -313,16 +313,15 @@ def test_remax_and_reinforce(tmp_path, data, script, more, num_samples):
         loss, logprobs = 0.0, []
         for row, baseline in zip(rows, baselines):
             logprobs.append(second.logprobs(policy, row.prompt, row.response))
-            if script == "remax":  # the baseline is not discounted
-                returns = discounted(shaped_rewards(row, logprobs[-1], row.reward), GAMMA)
-                returns = [value - baseline for value in returns]
-            else:
-                returns = discounted(shaped_rewards(row, logprobs[-1], row.reward - baseline), GAMMA)
-            loss -= (torch.tensor(returns) * logprobs[-1]).sum() / len(rows)
+            returns = discounted(shaped_rewards(row, logprobs[-1], row.reward), GAMMA)
+            advantages = [value - baseline for value in returns]  # the baseline is not discounted
+            loss -= (torch.tensor(advantages) * logprobs[-1]).sum() / len(rows)
         loss.backward()
         found = second.rollout_metrics(rows, [logprob.detach() for logprob in logprobs]) | dict(loss=loss.item())
         if script == "remax" or num_samples > 1:
             found["baseline_reward"] = mean(baselines)
+        if script == "remax":
+            found["tied_fraction"] = mean(abs(row.reward - b) < 1e-4 for row, b in zip(rows, baselines))
         if script == "reinforce" and num_samples > 1:
             groups = [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
             spreads = [statistics.pstdev(row.reward for row in group) for group in groups]
