@@ -22,6 +22,7 @@ import gc
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -35,6 +36,7 @@ import resource
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 import typing
@@ -60,6 +62,7 @@ if PROGRAM and Path(PROGRAM).resolve().parent == HERE:
 import huggingface_hub
 import numpy as np
 import pydantic
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -483,6 +486,7 @@ class Reward:
         if not model and not function:
             fail("--reward-model or --reward-function: give one; the example's is for its own model and data")
         self.name = function or model
+        self.has_cut = False
         self.missing_eos_penalty = missing_eos_penalty
         self.micro_batch_size = micro_batch_size
         self.backend = backend
@@ -523,7 +527,11 @@ class Reward:
         """-> scores_B, float32."""
         scorer = self.scorer or self.load_scorer()[0]
         length = self.tokenizer.num_positions
-        ids = [reward_model_ids(self.tokenizer, prompt, text, length) for prompt, text in zip(prompts, texts)]
+        ids = [reward_model_ids(self.tokenizer, prompt, text, sys.maxsize) for prompt, text in zip(prompts, texts)]
+        if max(map(len, ids)) > length and not self.has_cut:
+            self.has_cut = True
+            tqdm.write(f"note: {self.name} reads {length} tokens; longer texts lose their beginning")
+        ids = [cut_left(row, length, self.tokenizer.bos_token_id) for row in ids]
         lengths_B = torch.tensor([len(row) for row in ids])
         scores_B = torch.empty(len(ids), dtype=torch.float32, device=self.backend.device)
         for rows, _ in micro_batches(lengths_B, self.micro_batch_size):
@@ -721,7 +729,24 @@ def load_tokenizer(path):
     tokenizer.num_positions = num_positions(config)
     eos_ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     tokenizer.eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= tokenizer.num_embeddings:
+        fail(f"{path}: has no embedding of {tokenizer.eos_token!r}, its EOS: resize the model's embeddings")
+    note_another_reading(path, tokenizer)
     return tokenizer
+
+
+def note_another_reading(path, tokenizer):
+    """For some types of models transformers builds a tokenizer of its own from a file that says something else."""
+    file = Path(path, "tokenizer.json")
+    if not file.is_file():  # a hub name, or a tokenizer of another kind
+        return
+    as_saved = tokenizers.Tokenizer.from_file(str(file))
+    as_saved.no_truncation()
+    as_saved.no_padding()
+    text = "The film of 1995 isn't bad:\n  Zoë, 7/10  (DVD)"
+    if as_saved.encode(text, add_special_tokens=False).ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
+        name = type(tokenizer).__name__
+        print(f"note: {path}: transformers' {name} reads texts otherwise than the folder's tokenizer.json says")
 
 
 HEADS = ("score.", "classifier.", "reward_head.", "value_head.", "v_head.")  # how reward models' files name them
@@ -1260,6 +1285,11 @@ def load_function(spec):
     function = getattr(module, name, None)
     if not callable(function):
         fail(f"{spec}: the file has no function {name!r}")
+    with contextlib.suppress(TypeError, ValueError):  # some callables do not tell their arguments
+        signature = inspect.signature(function)
+        names = list(signature.parameters)
+        if names[:1] in (["responses"], ["completions"]) or names[1:2] == ["prompts"]:
+            fail(f"{spec}: takes {signature}, but it is called as {name}(prompts, responses, **columns)")
     return function
 
 
@@ -1274,9 +1304,22 @@ def load_module(path: Path):
         name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
         spec = importlib.util.spec_from_file_location(name, path)
     if name not in sys.modules:  # else it is one of our own files
+        refuse_another_neighbour(path)
         sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look themselves up there
-        spec.loader.exec_module(sys.modules[name])
+        # Not from bytecode: that of a file of the same second and size may be older.
+        exec(compile(path.read_bytes(), path, "exec"), vars(sys.modules[name]))
     return sys.modules[name]
+
+
+def refuse_another_neighbour(path: Path):
+    """Ends the run if a file beside this one is imported here, and a module of its name came from another folder."""
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for name in re.findall(rb"^\s*(?:import|from)\s+(\w+)", path.read_bytes(), re.MULTILINE):
+        neighbour = path.with_name(f"{name.decode()}.py")
+        other = getattr(sys.modules.get(neighbour.stem), "__file__", None)
+        if other and neighbour.exists() and str(Path(other).parent) not in installed:
+            if Path(other).resolve() != neighbour.resolve():
+                fail(f"{path}: imports {neighbour.stem}, but {other} has that name, too: rename one of them")
 
 
 @contextlib.contextmanager
@@ -1288,6 +1331,9 @@ def users_code(spec, note="") -> Iterator[None]:
     dtype = torch.get_default_dtype()
     device = torch.get_default_device()
     gradients = torch.is_grad_enabled()
+    precision = torch.get_float32_matmul_precision()
+    num_threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -1300,6 +1346,12 @@ def users_code(spec, note="") -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(gradients)
+            if torch.get_float32_matmul_precision() != precision:
+                torch.set_float32_matmul_precision(precision)
+            if torch.are_deterministic_algorithms_enabled() != deterministic:
+                torch.use_deterministic_algorithms(deterministic)
+            if torch.get_num_threads() != num_threads:
+                torch.set_num_threads(num_threads)
             if torch.get_default_device() != device:
                 torch.set_default_device(device)
             random.setstate(python_state)
@@ -1345,7 +1397,10 @@ def as_floats(found) -> list[float]:
 
     float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
     """
-    if isinstance(found, str | bytes | bytearray | Mapping | Set):  # a dict's keys are no scores, a set has no order
+    # A dict's keys are no scores, a set has no order, what is masked has no value, and times become nanoseconds.
+    if isinstance(found, str | bytes | bytearray | memoryview | Mapping | Set | np.ma.MaskedArray):
+        raise TypeError
+    if isinstance(found, np.ndarray) and found.dtype.kind in "mM":
         raise TypeError
     floats = []
     for score in found:
@@ -1398,19 +1453,45 @@ def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
         fail(f"{path}: not a {', '.join(FILES)} file (each may be packed as .gz), nor a .parquet file")
     else:
         import datasets  # slow to import, and only needed here
+        import pyarrow.parquet
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
+        if Path(path).is_dir():
+            refuse_folder(path)
         with fails_with(path):
-            if suffix == ".parquet":
-                table = datasets.Dataset.from_parquet(path)
+            if suffix == ".parquet" and Path(path).is_file():
+                # `from_parquet` takes a name for a pattern, and a file of the same time for the one in its cache.
+                table = datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
             else:
                 table = datasets.load_dataset(path, config, split=split)
-            table = table.to_iterable_dataset().decode(False)  # a broken image that nobody reads does no harm
+            table = table.to_iterable_dataset().cast(undecoded(table.features))
             rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
     if not rows:
         fail(f"{path}: no rows")
     return rows
+
+
+def undecoded(feature):
+    """The features of a data set, in which images, audio and videos stay bytes: one that nobody reads may be broken."""
+    import datasets
+
+    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+        return type(feature)(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return type(feature)({name: undecoded(inner) for name, inner in feature.items()})
+    return feature
+
+
+def refuse_folder(path):
+    """What `datasets` would read otherwise than it is written."""
+    if re.search(r"[*?[]", path):
+        fail(f"{path}: `datasets` takes * ? [ in a folder's name for a pattern: rename the folder")
+    for file in sorted(Path(path).rglob("*")):
+        if file.suffix in (".csv", ".tsv"):
+            fail(f"{path}: holds {file.name}, in which `datasets` would read 007 as 7: name the file, not its folder")
 
 
 def read_file(path, suffix) -> list[tuple[str, dict]]:
@@ -1459,6 +1540,8 @@ def read_csv(path, text, delimiter) -> Iterator[tuple[str, dict]]:
         for row in reader:
             if None in row or None in row.values():
                 fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
+            if delimiter == "\t" and any("\t" in value and "\n" in value for value in row.values()):
+                fail(f"{path}:{reader.line_num}: a field in quotes holds tabs and lines: double its quotation mark")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:  # such as a quote that is never closed, which would swallow the rest of the file
         fail(f"{path}:{reader.line_num + 1}: {error}")
@@ -1473,7 +1556,7 @@ def read_value(row, column, where) -> str | list[dict]:
     if isinstance(value, str) and LIKE_MESSAGES.match(value):  # as a text it would teach the brackets
         with fails_with(f"{where}: {column!r} holds chat messages, but not as JSON: write the column with json.dumps"):
             value = json.loads(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and not is_another_chat(value):
         return value
     messages = value if isinstance(value, list) and value else [None]
     for message in messages:
@@ -1483,6 +1566,19 @@ def read_value(row, column, where) -> str | list[dict]:
         if message["role"] not in ROLES:
             fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
     return messages
+
+
+def is_another_chat(text) -> bool:
+    """Whether a text is JSON of a chat in another form, such as ShareGPT's; other JSON is just a text."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    keys = first.keys() if isinstance(first, dict) else set()
+    return keys >= {"role", "content"} or keys >= {"from", "value"} or keys in ({"messages"}, {"conversations"})
 
 
 def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], dict[str, str | None], str]:
@@ -1537,6 +1633,9 @@ def read_answer(row, column, where, layout: Layout) -> tuple[str | None, list[di
     if isinstance(value, str):
         return value, None
     if value[-1]["role"] == "assistant":
+        for name in ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"):
+            if value[-1].get(name):
+                fail(f"{where}: the answer in {column!r} has {name!r}, which is not read: write it into its content")
         return value[-1]["content"], value[:-1]
     if may_lack and column == layout.prompt_column:
         return None, None
@@ -1560,6 +1659,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     prompts = []
     counts = collections.Counter()
     num_repeating = 0
+    num_changed = 0
     for where, row in rows:
         asked, answers, form = read_row(row, where, layout, has_prompt)
         prompt = make_prompt(asked, tokenizer, max_length, f"{where}: {layout.prompt_column!r}")
@@ -1575,6 +1675,13 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
         prompt.digest = hashlib.sha256(said.encode()).hexdigest()  # it stays when a file grows or its rows move
         prompts.append(prompt)
         counts[form] += 1
+        num_changed += any(
+            message["content"].strip() not in prompt.text
+            for message in prompt.messages or []
+            if message["role"] in ("system", "user")
+        )
+    if "tools" in columns and any(prompt.messages for prompt in prompts):
+        print(f"note: {os.path.relpath(path)} has a column 'tools', which the chat template does not get")
 
     answered = [prompt for prompt in prompts if None not in prompt.answers.values()]
     if not answered and len(layout.answer_columns) == 1:
@@ -1582,6 +1689,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     counts["with an empty prompt, dropped"] = len(rows) - len(prompts)
     counts["without an answer, dropped"] = len(prompts) - len(answered)
     counts["answers repeat their prompt, which is then read twice"] = num_repeating
+    counts["with a message that the chat template drops or changes"] = num_changed
     too_long = f"longer than --max-prompt-length {max_length}, without their beginning"
     counts[too_long] = sum(prompt.num_cut > 0 for prompt in answered)
     report(path, len(answered), "prompts", counts)
@@ -1630,6 +1738,8 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
         num_trained = sum(row.digest in digests for row in held_out)
         if num_trained:
             print(f"note: {num_trained:,} of the first {len(held_out):,} are in the data that is trained on, too")
+        else:
+            note_shared_prompts(rows, held_out)
         return rows, held_out
     candidates = [row for row in rows if row.digest < "8"]  # of hexadecimal digits: the lower half
     held_out = sorted(candidates, key=lambda row: row.digest)[:size]
@@ -1638,7 +1748,17 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
     if not held_out or not trained:
         fail(f"{dataset}: too few rows to hold some out: give --eval-dataset")
     print(f"{len(held_out):,} of them, which are not trained on")
+    note_shared_prompts(trained, held_out)
     return trained, held_out
+
+
+def note_shared_prompts(trained, held_out):
+    """Rows of one prompt with other answers may be on both sides: then a model is judged on prompts that it knows."""
+    texts = [[getattr(row, "prompt", row).text for row in rows] for rows in (trained, held_out)]
+    known = set(texts[0])
+    num_shared = sum(text in known for text in texts[1])
+    if num_shared:
+        print(f"note: the prompts of {num_shared:,} of these are trained on with other answers: give --eval-dataset")
 
 
 def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
@@ -1663,6 +1783,7 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
     drop or move the thoughts): such an answer is read as it is, with the tokenizer's EOS, and a line says so.
     """
     eos_tokens = tokenizer.convert_ids_to_tokens(tokenizer.eos_ids)
+    eos_texts = [text for text in map(tokenizer.decode, tokenizer.eos_ids) if text]
     rows = []
     num_cut = 0
     num_rewritten = 0
@@ -1678,7 +1799,7 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
                 num_rewritten += 1
                 turn = answer
         rows.append(encode_response(tokenizer, turn))
-        if any(eos in answer.removesuffix(eos) for eos in eos_tokens):
+        if any(eos in answer.removesuffix(eos) for eos in eos_texts):
             num_cut += 1
     if num_cut:
         print(f"{num_cut:,} of {column!r} hold {' or '.join(eos_tokens)} before their end, and are cut there")
@@ -2254,7 +2375,9 @@ def forget_example(args):
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
     for name in ("dataset", "reward_model", "reward_function"):
-        if name in own and "model" not in own and "examples/" not in getattr(args, name):
+        if name not in own or "model" in own:
+            continue
+        if not file_of(getattr(args, name)).resolve().is_relative_to(HERE / "examples"):
             flag = f"--{name.replace('_', '-')}"
             print(f"note: {flag} is your own, but --model is the example's, which only knows short film reviews")
 
@@ -2343,7 +2466,7 @@ class Output:
 def refuse_tasks_without_ranks():
     """Several tasks of a scheduler that nobody has given ranks would each do the whole run, as if they were alone."""
     has_rank = "RANK" in os.environ  # by torchrun or deepspeed, also where srun has started these
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         count = int(os.environ.get(name) or 1)
         if count > 1 and not has_rank:
             launcher = f"torchrun --nproc_per_node GPUS {Path(sys.argv[0]).name}"

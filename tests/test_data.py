@@ -1,17 +1,19 @@
 """Reading data: formats, truncation, the forms of rows, ends of turns, held-out rows and the stream of batches."""
 
 import collections
+import copy
 import csv
 import dataclasses
 import gzip
 import json
+import os
 import shutil
 import types
 
 import pytest
 import tokenizers
 import torch
-from conftest import EXAMPLE, example_tokenizer, run_here, start_backend
+from conftest import EXAMPLE, example_tokenizer, number_tokenizer, run_here, start_backend
 from tokenizers.processors import TemplateProcessing
 
 import common
@@ -76,6 +78,52 @@ def test_images_that_cannot_be_decoded_do_no_harm_where_nobody_reads_them(tmp_pa
     datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
     (prompt,) = load(path, tokenizer)
     assert prompt.text == "The plot" and prompt.columns["label"] == 3 and prompt.columns["image"] == image
+
+
+def test_columns_of_mixed_types_are_what_the_file_says(tmp_path):
+    """`datasets` keeps such columns as JSON, from files in a folder and in parquet files that it has written."""
+    import datasets
+
+    rows = [dict(prompt='Say "hi"\nnow', completion=" ok", tests=dict(f=1), was="was")]
+    rows += [dict(prompt="b", completion=[dict(role="assistant", content="x")], tests=dict(g="x"), was=7)]
+    path = write(tmp_path / "train.jsonl", *map(json.dumps, rows))
+    assert [row for _, row in common.load_rows(path)] == rows
+    assert [row for _, row in common.load_rows(str(tmp_path))] == rows
+    path = str(tmp_path / "p.parquet")
+    datasets.load_dataset(str(tmp_path), split="train").to_parquet(path)
+    assert [row for _, row in common.load_rows(path)] == rows
+
+
+def test_a_parquet_file_s_name_is_no_pattern_and_its_time_says_nothing(tmp_path):
+    import datasets
+
+    for folder, name, text in (
+        ("a[1]", "b?.parquet", "right"),
+        ("a1", "bb.parquet", "wrong"),
+        ("a1", "b?.parquet", ""),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        datasets.Dataset.from_list([dict(prompt=text)]).to_parquet(tmp_path / folder / name)
+    path = tmp_path / "a[1]" / "b?.parquet"
+    for text in ("right", "new"):
+        os.utime(path, (1e9, 1e9))
+        assert common.load_rows(str(path)) == [(f"{path}: row 1", dict(prompt=text))]
+        datasets.Dataset.from_list([dict(prompt="new")]).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    "folder, name, message",
+    [
+        ("a[1]", "train.jsonl", "takes * ? [ in a folder's name for a pattern"),
+        ("a", "train.csv", "would read 007 as 7"),
+    ],
+)
+def test_folders_that_would_be_read_otherwise_are_refused(tmp_path, capsys, folder, name, message):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / name).write_text("")
+    with pytest.raises(SystemExit):
+        common.load_rows(str(tmp_path / folder))
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -361,6 +409,13 @@ WRONG_ROWS = {  # what is said: the row
     "'prompt' has the role 'model'": dict(prompt=[ASK, dict(role="model", content="Yes.")], chosen="y", rejected="z"),
     "'prompt' holds chat messages, but not as JSON": dict(prompt=str([ASK]), chosen="y", rejected="z"),
     "'chosen' holds chat messages, but not as JSON": dict(prompt=[ASK], chosen=json.dumps([GOOD])[:-5], rejected="z"),
+    '\'prompt\' is [{"from": "human"': dict(prompt='[{"from": "human", "value": "Hi"}]', chosen="y", rejected="z"),
+    "'prompt' is {\"messages\": [": dict(prompt=json.dumps(dict(messages=[ASK])), chosen="y", rejected="z"),
+    '\'prompt\' is {"role": "user"': dict(prompt=json.dumps(ASK), chosen="y", rejected="z"),
+    "the answer in 'chosen' has 'tool_calls'": dict(prompt=[ASK], chosen=[GOOD | dict(tool_calls=[1])], rejected=[BAD]),
+    "the answer in 'rejected' has 'reasoning_content'": dict(
+        prompt=[ASK], chosen=[GOOD], rejected=[BAD | dict(reasoning_content="Hm")]
+    ),
 }
 
 
@@ -569,6 +624,10 @@ class Row:
     number: int
     digest: str
 
+    @property
+    def text(self) -> str:
+        return f"{self.number} {self.digest}"
+
 
 def rows_with(digests: str) -> list[Row]:
     return [Row(number, digest) for number, digest in enumerate(digests)]
@@ -655,12 +714,68 @@ def test_an_answer_that_goes_on_after_an_eos_is_cut_and_told(tmp_path, capsys):
     assert found[0].demonstration == found[1].demonstration == found[2].demonstration
 
 
+def test_an_eos_that_is_a_line_break_is_told_as_well(tmp_path, capsys, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_ids = [tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]]
+    path = write(tmp_path / "p.jsonl", json.dumps(dict(prompt="a", completion=" b\n c")))
+    spr.with_demonstrations(path, common.load_prompts(path, DEMONSTRATIONS, tokenizer, 64), "completion", tokenizer, 48)
+    assert "1 of 'completion' hold" in capsys.readouterr().out
+
+
+def test_what_a_chat_template_leaves_out_is_told(tmp_path, capsys):
+    row = dict(prompt=[dict(role="system", content="Answer in French."), ASK], tools=[dict(name="f")])
+    path = write(tmp_path / "p.jsonl", json.dumps(row))
+    common.load_prompts(path, common.Layout(), chat_tokenizer(), 200)
+    out = capsys.readouterr().out
+    assert "has a column 'tools', which the chat template does not get" in out and "drops or changes" not in out
+    without_system = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+    common.load_prompts(path, common.Layout(), chat_tokenizer(without_system), 200)
+    assert "1 with a message that the chat template drops or changes" in capsys.readouterr().out
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path, capsys, tokenizer):
+    def load_pairs(path):
+        return reward_model.load_pairs(path, PAIRS, tokenizer, 64, 48)
+
+    def pairs(name, numbers):
+        rows = [dict(prompt=f"{n % 5}", chosen=f" good {n}", rejected=" bad") for n in numbers]
+        return write(tmp_path / name, *map(json.dumps, rows))
+
+    _, held_out = common.train_and_held_out(load_pairs, pairs("a.jsonl", range(50)), None, 7)
+    assert f"the prompts of {len(held_out)} of these are trained on with other answers" in capsys.readouterr().out
+    common.train_and_held_out(load_pairs, pairs("a.jsonl", range(0, 50, 5)), pairs("b.jsonl", (1, 2, 5)), 7)
+    assert "the prompts of 0" not in capsys.readouterr().out
+    common.train_and_held_out(load_pairs, pairs("a.jsonl", range(0, 50, 5)), pairs("b.jsonl", (1, 2, 55)), 7)
+    assert "the prompts of 1 of these" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_is_not_what_its_file_says_is_told(tmp_path, capsys):
+    """transformers gives all models of type qwen2 Qwen's own splitting of texts."""
+    number_tokenizer().save_pretrained(tmp_path)
+    for kind, is_told in (("gpt2", False), ("qwen2", True)):
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind, vocab_size=50)))
+        common.load_tokenizer(str(tmp_path))
+        note = "Qwen2Tokenizer reads texts otherwise than the folder's tokenizer.json"
+        assert (note in capsys.readouterr().out) == is_told
+
+
+def test_an_eos_without_an_embedding_is_refused(tmp_path, capsys):
+    tokenizer = example_tokenizer()
+    tokenizer.add_special_tokens(dict(eos_token="<|im_end|>"))
+    shutil.copytree(EXAMPLE / "policy", tmp_path / "p")
+    tokenizer.save_pretrained(tmp_path / "p")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "p"))
+    assert "has no embedding of '<|im_end|>', its EOS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("p.csv", b"prompt,prompt\nA,B\n", "p.csv:1: two columns have the same name"),
         ("p.json", b'{"data": [{"prompt": "A"}]}', "p.json: a dict; expected a list of JSON objects"),
         ("p.csv", b"\xef\xbb\xbfprompt\nx\n\xe9\n", "p.csv:3: not UTF-8"),
+        ("p.tsv", b'n\tprompt\n1\t"To be\n2\tor\n3\tnot"\n', "p.tsv:4: a field in quotes holds tabs and lines"),
     ],
 )
 def test_files_that_are_not_what_they_seem(tmp_path, capsys, name, content, message):

@@ -1,6 +1,7 @@
 """Reward models, reward functions, and evaluations."""
 
 import json
+import os
 import random
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    EXAMPLE,
     number_tokenizer,
     others_are_slow,
     policy_of,
@@ -131,12 +133,59 @@ def test_two_files_of_one_name_are_two_modules_and_one_file_is_read_once(tmp_pat
     assert len(found[0].calls) == 2 and len(found[1].calls) == 1
 
 
+def test_a_file_is_read_anew_even_if_its_bytecode_seems_fresh(tmp_path, monkeypatch):
+    """A file of the same size and second: Python would take the bytecode that it has written before."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "fresh.py"
+    for number in (1, 2):
+        path.write_text(f"def reward(prompts, responses): return [{number}]")
+        os.utime(path, (1e9, 1e9))
+        common.load_function.cache_clear()
+        common.load_module.cache_clear()
+        sys.modules.pop("fresh", None)
+        assert common.Reward(function=f"{path}:reward")(responses(["x"])).tolist() == [number]
+
+
+def test_neighbours_of_one_name_in_two_folders_are_refused(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "the_helper.py").write_text(f"NAME = {folder!r}")
+        code = "import the_helper\ndef reward(prompts, responses): return [len(the_helper.NAME)]"
+        (tmp_path / folder / f"of_{folder}.py").write_text(code)
+    assert common.Reward(function=f"{tmp_path}/a/of_a.py:reward")(responses(["x"])).tolist() == [1]
+    with pytest.raises(SystemExit):
+        common.Reward(function=f"{tmp_path}/b/of_b.py:reward")
+    assert "imports the_helper, but " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["responses, prompts", "completions, prompts=None", "completions"])
+def test_arguments_in_another_order_are_refused(tmp_path, capsys, names):
+    with pytest.raises(SystemExit):
+        reward_file(tmp_path, f"def reward({names}, **columns): return [0]")
+    said = f"takes ({names}, **columns), but it is called as reward(prompts, responses, **columns)"
+    assert said in capsys.readouterr().err
+
+
 SETTINGS = [
     "torch.set_default_dtype(torch.bfloat16)",
     "torch.set_default_dtype(torch.float64)",
     "torch.set_grad_enabled(False)",
     "torch.set_default_device('meta')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "torch.use_deterministic_algorithms(True)",
 ]
+
+
+def settings_of_torch():
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device().type,
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 @pytest.mark.parametrize("when", ["file", "call"])
@@ -150,12 +199,12 @@ def reward(prompts, responses):
     {in_call}
     return [100 + len(response) / 100 for response in responses]
 """)
+    before = settings_of_torch()
     reward = common.Reward(function=f"{tmp_path}/f.py:reward", missing_eos_penalty=0.25)
     rewards_B = reward(responses(["a", "bb", "ccc", "dddd"], [True, True, True, False]))
     assert rewards_B.dtype == torch.float32 and rewards_B.device.type == "cpu"
     assert rewards_B.tolist() == torch.tensor([100.01, 100.02, 100.03, 99.79]).tolist()
-    now = (torch.get_default_dtype(), torch.get_default_device().type, torch.is_grad_enabled())
-    assert now == (torch.float32, "cpu", True)
+    assert settings_of_torch() == before and before[:3] == (torch.float32, "cpu", True)
 
 
 def test_settings_are_restored_after_an_error(tmp_path, capsys):
@@ -241,6 +290,9 @@ NOT_NUMBERS = {  # what a function returns: what is said
     "numpy.array([1, 2], dtype=numpy.complex64)": "expected a number",
     "torch.tensor([1, 2], dtype=torch.complex64)": "expected a number",
     "numpy.array(['1', '2'])": "expected a number",
+    "numpy.ma.array([1, 2], mask=[True, False])": "expected a number",
+    "numpy.array([1, 2], dtype='timedelta64[ns]')": "expected a number",
+    "memoryview(b'12')": "expected a number",
     "[10**400, 1]": "returned a whole number that is too large",
     "[10**5000, 1]": "returned a whole number that is too large",
     "[1, 1e39]": "returned 1e+39 for the response 'bb'",
@@ -334,6 +386,15 @@ def test_the_text_of_a_reward_model_ends_with_one_eos_and_is_cut_on_the_left(tok
     assert common.reward_model_ids(tokenizer, plot, " was good.<|endoftext|>", 100) == ids
     assert common.reward_model_ids(tokenizer, plot, " was good.", 3) == ids[-3:]
     assert common.reward_model_ids(tokenizer, nothing, "", 100) == [eos]
+
+
+def test_a_text_that_is_longer_than_a_reward_model_reads_is_told_once(tokenizer, capsys):
+    reward = common.Reward(model=str(EXAMPLE / "reward_model"), backend=start_backend())
+    prompts = [common.Prompt(text, [], {}) for text in ("The plot", "The plot " * 200)]
+    assert reward.score(prompts[:1], [" was good."]).shape == (1,) and "note" not in capsys.readouterr().out
+    for _ in range(2):
+        reward.score(prompts, [" was good.", " was good."])
+    assert capsys.readouterr().out.count("reads 128 tokens; longer texts lose their beginning") == 1
 
 
 def test_a_reward_model_may_have_any_tokenizer_and_its_mean_is_subtracted(tmp_path):

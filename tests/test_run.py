@@ -149,7 +149,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     assert run_here("remax", *flags) == 0
 
 
-@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
 def test_tasks_of_a_scheduler_need_a_launcher(monkeypatch, capsys, name):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(name, "1")
@@ -320,11 +320,13 @@ def test_a_model_card_names_base_model_and_data_and_no_folder_of_this_machine(tm
 
 
 def test_own_data_with_the_example_s_model_is_told(tmp_path, monkeypatch, capsys):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "The plot"}\n')
-    parsed(monkeypatch, "--dataset", tmp_path / "p.jsonl", "--reward-function", SENTIMENT)
+    own = tmp_path / "my_examples" / "p.jsonl"
+    own.parent.mkdir()
+    own.write_text('{"prompt": "The plot"}\n')
+    parsed(monkeypatch, "--dataset", own, "--reward-function", SENTIMENT)
     assert "note: --dataset is your own, but --model is the example's" in capsys.readouterr().out
     parsed(monkeypatch, "--dataset", EXAMPLE / "prompts.jsonl", "--reward-function", SENTIMENT)
-    parsed(monkeypatch, "--dataset", tmp_path / "p.jsonl", "--reward-function", SENTIMENT, "--model", tmp_path)
+    parsed(monkeypatch, "--dataset", own, "--reward-function", SENTIMENT, "--model", tmp_path)
     parsed(monkeypatch)
     assert "note: " not in capsys.readouterr().out
 
