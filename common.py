@@ -35,6 +35,7 @@ import re
 import resource
 import shutil
 import signal
+import site
 import sys
 import sysconfig
 import time
@@ -731,11 +732,16 @@ def load_tokenizer(path):
     tokenizer.eos_ids = sorted({*eos_ids, tokenizer.eos_token_id} - {None})
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= tokenizer.num_embeddings:
         fail(f"{path}: has no embedding of {tokenizer.eos_token!r}, its EOS: resize the model's embeddings")
-    note_another_reading(path, tokenizer)
+    ids = tokenizer(A_TEXT, add_special_tokens=False)["input_ids"]
+    note_another_reading(path, type(tokenizer).__name__, tuple(ids))
     return tokenizer
 
 
-def note_another_reading(path, tokenizer):
+A_TEXT = "The film of 1995 isn't bad:\n  Zoë, 7/10  (DVD)"
+
+
+@functools.cache  # spr.py loads its reward model's again and again
+def note_another_reading(path, name, ids: tuple[int]):
     """For some types of models transformers builds a tokenizer of its own from a file that says something else."""
     file = Path(path, "tokenizer.json")
     if not file.is_file():  # a hub name, or a tokenizer of another kind
@@ -743,10 +749,11 @@ def note_another_reading(path, tokenizer):
     as_saved = tokenizers.Tokenizer.from_file(str(file))
     as_saved.no_truncation()
     as_saved.no_padding()
-    text = "The film of 1995 isn't bad:\n  Zoë, 7/10  (DVD)"
-    if as_saved.encode(text, add_special_tokens=False).ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-        name = type(tokenizer).__name__
-        print(f"note: {path}: transformers' {name} reads texts otherwise than the folder's tokenizer.json says")
+    if as_saved.encode(A_TEXT, add_special_tokens=False).ids != list(ids):
+        print(
+            f"note: {path}: transformers' {name} splits texts in another way than the folder's tokenizer.json; "
+            "if the model was trained with that file, its tokenizer class is the wrong one"
+        )
 
 
 HEADS = ("score.", "classifier.", "reward_head.", "value_head.", "v_head.")  # how reward models' files name them
@@ -1280,16 +1287,16 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{spec}: no such reward function; expected an existing file and a name, as in path/to/file.py:name")
+    refuse_another_neighbour(Path(path).resolve())
     with users_code(spec):
         module = load_module(Path(path).resolve())
     function = getattr(module, name, None)
     if not callable(function):
         fail(f"{spec}: the file has no function {name!r}")
     with contextlib.suppress(TypeError, ValueError):  # some callables do not tell their arguments
-        signature = inspect.signature(function)
-        names = list(signature.parameters)
+        names = list(inspect.signature(function, follow_wrapped=False).parameters)
         if names[:1] in (["responses"], ["completions"]) or names[1:2] == ["prompts"]:
-            fail(f"{spec}: takes {signature}, but it is called as {name}(prompts, responses, **columns)")
+            fail(f"{spec}: takes ({', '.join(names)}), but it is called as {name}(prompts, responses, **columns)")
     return function
 
 
@@ -1304,7 +1311,6 @@ def load_module(path: Path):
         name = f"{name.replace('.', '_')}_{zlib.crc32(bytes(path)):08x}"
         spec = importlib.util.spec_from_file_location(name, path)
     if name not in sys.modules:  # else it is one of our own files
-        refuse_another_neighbour(path)
         sys.modules[name] = importlib.util.module_from_spec(spec)  # first: dataclasses look themselves up there
         # Not from bytecode: that of a file of the same second and size may be older.
         exec(compile(path.read_bytes(), path, "exec"), vars(sys.modules[name]))
@@ -1312,14 +1318,17 @@ def load_module(path: Path):
 
 
 def refuse_another_neighbour(path: Path):
-    """Ends the run if a file beside this one is imported here, and a module of its name came from another folder."""
-    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    """Ends the run if the file imports one beside it, but would get a file of that name from another folder."""
+    installed = [sysconfig.get_path("stdlib"), site.getusersitepackages(), *site.getsitepackages()]
     for name in re.findall(rb"^\s*(?:import|from)\s+(\w+)", path.read_bytes(), re.MULTILINE):
         neighbour = path.with_name(f"{name.decode()}.py")
-        other = getattr(sys.modules.get(neighbour.stem), "__file__", None)
-        if other and neighbour.exists() and str(Path(other).parent) not in installed:
-            if Path(other).resolve() != neighbour.resolve():
-                fail(f"{path}: imports {neighbour.stem}, but {other} has that name, too: rename one of them")
+        if not neighbour.exists():
+            continue
+        spec = importlib.util.find_spec(neighbour.stem)
+        if spec is None or not spec.has_location or any(Path(spec.origin).is_relative_to(each) for each in installed):
+            continue
+        if Path(spec.origin).resolve() != neighbour:
+            fail(f"{path}: imports {neighbour.stem}, but would get {spec.origin}: rename one of the two")
 
 
 @contextlib.contextmanager
@@ -1346,7 +1355,10 @@ def users_code(spec, note="") -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(gradients)
-            if torch.get_float32_matmul_precision() != precision:
+            with contextlib.suppress(RuntimeError):  # torch refuses to tell what its newer settings have changed
+                if torch.get_float32_matmul_precision() == precision:
+                    precision = None
+            if precision:
                 torch.set_float32_matmul_precision(precision)
             if torch.are_deterministic_algorithms_enabled() != deterministic:
                 torch.use_deterministic_algorithms(deterministic)
@@ -1397,13 +1409,12 @@ def as_floats(found) -> list[float]:
 
     float() alone takes too much for a number: digits in a text, bytes, and complex numbers without their second half.
     """
-    # A dict's keys are no scores, a set has no order, what is masked has no value, and times become nanoseconds.
-    if isinstance(found, str | bytes | bytearray | memoryview | Mapping | Set | np.ma.MaskedArray):
-        raise TypeError
-    if isinstance(found, np.ndarray) and found.dtype.kind in "mM":
-        raise TypeError
+    if isinstance(found, str | bytes | bytearray | memoryview | Mapping | Set):
+        raise TypeError  # a dict's keys are no scores, a set has no order
     floats = []
     for score in found:
+        if score is np.ma.masked or isinstance(score, np.timedelta64 | np.datetime64):
+            raise TypeError  # one has no value, the others would become nanoseconds
         if hasattr(score, "item"):  # numpy and torch; an error if it holds several
             score = score.item()
         if not isinstance(score, numbers.Real | decimal.Decimal):  # True and False are 1 and 0
@@ -1458,11 +1469,12 @@ def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)
         if Path(path).is_dir():
-            refuse_folder(path)
+            refuse_folder(path, config)
         with fails_with(path):
-            if suffix == ".parquet" and Path(path).is_file():
+            if suffix == ".parquet" and not Path(path).is_dir():
                 # `from_parquet` takes a name for a pattern, and a file of the same time for the one in its cache.
-                table = datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
+                with open(path, "rb") as file:
+                    table = datasets.Dataset(pyarrow.parquet.ParquetFile(file).read(), fingerprint="unused")
             else:
                 table = datasets.load_dataset(path, config, split=split)
             table = table.to_iterable_dataset().cast(undecoded(table.features))
@@ -1473,25 +1485,29 @@ def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
 
 
 def undecoded(feature):
-    """The features of a data set, in which images, audio and videos stay bytes: one that nobody reads may be broken."""
+    """The features of a data set, in which images, audio and such stay bytes: one that nobody reads may be broken."""
     import datasets
 
-    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-        return type(feature)(decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(undecoded(feature.feature))
+    if getattr(feature, "decode", None) is True and not isinstance(feature, datasets.Json):
+        return dataclasses.replace(feature, decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=undecoded(feature.feature))
     if isinstance(feature, dict):
         return type(feature)({name: undecoded(inner) for name, inner in feature.items()})
     return feature
 
 
-def refuse_folder(path):
+def refuse_folder(path, config):
     """What `datasets` would read otherwise than it is written."""
+    import datasets
+    from datasets.packaged_modules.csv.csv import Csv
+
     if re.search(r"[*?[]", path):
         fail(f"{path}: `datasets` takes * ? [ in a folder's name for a pattern: rename the folder")
-    for file in sorted(Path(path).rglob("*")):
-        if file.suffix in (".csv", ".tsv"):
-            fail(f"{path}: holds {file.name}, in which `datasets` would read 007 as 7: name the file, not its folder")
+    with fails_with(path):
+        builder = datasets.load_dataset_builder(path, config)
+    if isinstance(builder, Csv):
+        fail(f"{path}: holds csv files, in which `datasets` would read 007 as 7: name a file, not the folder")
 
 
 def read_file(path, suffix) -> list[tuple[str, dict]]:
@@ -1540,11 +1556,20 @@ def read_csv(path, text, delimiter) -> Iterator[tuple[str, dict]]:
         for row in reader:
             if None in row or None in row.values():
                 fail(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} columns, as in the first line")
-            if delimiter == "\t" and any("\t" in value and "\n" in value for value in row.values()):
-                fail(f"{path}:{reader.line_num}: a field in quotes holds tabs and lines: double its quotation mark")
+            if delimiter == "\t" and any(holds_rows(value, len(names)) for value in row.values()):
+                fail(f"{path}:{reader.line_num}: a quotation mark before this line swallows whole lines: double it")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:  # such as a quote that is never closed, which would swallow the rest of the file
         fail(f"{path}:{reader.line_num + 1}: {error}")
+
+
+def holds_rows(text, num_columns) -> bool:
+    """Whether a quoted field holds lines of the table itself: some programs write tsv without quoting."""
+    lines = text.split("\n")[1:]
+    whole = lines[:-1] or lines  # the last one ends where the next quotation mark stands
+    if num_columns == 1 or not lines:
+        return False
+    return all(line.count("\t") == num_columns - 1 and not line[:1].isspace() for line in whole)
 
 
 def read_value(row, column, where) -> str | list[dict]:
@@ -1556,7 +1581,9 @@ def read_value(row, column, where) -> str | list[dict]:
     if isinstance(value, str) and LIKE_MESSAGES.match(value):  # as a text it would teach the brackets
         with fails_with(f"{where}: {column!r} holds chat messages, but not as JSON: write the column with json.dumps"):
             value = json.loads(value)
-    if isinstance(value, str) and not is_another_chat(value):
+    if isinstance(value, str):
+        if is_another_chat(value):
+            fail(f"{where}: {column!r} holds a chat as JSON: write it as a list of {{role, content}} messages")
         return value
     messages = value if isinstance(value, list) and value else [None]
     for message in messages:
@@ -1574,11 +1601,16 @@ def is_another_chat(text) -> bool:
         return False
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    first = value[0] if isinstance(value, list) and value else value
-    keys = first.keys() if isinstance(first, dict) else set()
-    return keys >= {"role", "content"} or keys >= {"from", "value"} or keys in ({"messages"}, {"conversations"})
+    if isinstance(value, dict):
+        value = value.get("messages") or value.get("conversations") or [value]
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict):
+        return False
+    if "content" in first:
+        return first.get("role") in ROLES
+    return "value" in first and first.get("from") in ("system", "human", "user", "gpt", "assistant")
 
 
 def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], dict[str, str | None], str]:
@@ -1680,7 +1712,7 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
             for message in prompt.messages or []
             if message["role"] in ("system", "user")
         )
-    if "tools" in columns and any(prompt.messages for prompt in prompts):
+    if any(prompt.messages and prompt.columns.get("tools") for prompt in prompts):
         print(f"note: {os.path.relpath(path)} has a column 'tools', which the chat template does not get")
 
     answered = [prompt for prompt in prompts if None not in prompt.answers.values()]
@@ -1738,8 +1770,7 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
         num_trained = sum(row.digest in digests for row in held_out)
         if num_trained:
             print(f"note: {num_trained:,} of the first {len(held_out):,} are in the data that is trained on, too")
-        else:
-            note_shared_prompts(rows, held_out)
+        note_shared_prompts(rows, [row for row in held_out if row.digest not in digests])
         return rows, held_out
     candidates = [row for row in rows if row.digest < "8"]  # of hexadecimal digits: the lower half
     held_out = sorted(candidates, key=lambda row: row.digest)[:size]
@@ -1758,7 +1789,7 @@ def note_shared_prompts(trained, held_out):
     known = set(texts[0])
     num_shared = sum(text in known for text in texts[1])
     if num_shared:
-        print(f"note: the prompts of {num_shared:,} of these are trained on with other answers: give --eval-dataset")
+        print(f"note: {num_shared:,} held-out rows have a prompt that is trained on, too, with another answer")
 
 
 def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
@@ -1782,7 +1813,6 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
     An answer in a chat ends as the chat template ends it. Some templates rewrite answers (those of reasoning models
     drop or move the thoughts): such an answer is read as it is, with the tokenizer's EOS, and a line says so.
     """
-    eos_tokens = tokenizer.convert_ids_to_tokens(tokenizer.eos_ids)
     eos_texts = [text for text in map(tokenizer.decode, tokenizer.eos_ids) if text]
     rows = []
     num_cut = 0
@@ -1802,7 +1832,7 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
         if any(eos in answer.removesuffix(eos) for eos in eos_texts):
             num_cut += 1
     if num_cut:
-        print(f"{num_cut:,} of {column!r} hold {' or '.join(eos_tokens)} before their end, and are cut there")
+        print(f"{num_cut:,} of {column!r} hold {' or '.join(map(repr, eos_texts))} before their end, and are cut there")
     if num_rewritten:
         reason = "since the chat template would change them"
         print(f"{num_rewritten:,} of {column!r} are read as they are and end with {tokenizer.eos_token}, {reason}")

@@ -71,9 +71,12 @@ def test_images_that_cannot_be_decoded_do_no_harm_where_nobody_reads_them(tmp_pa
     import datasets
 
     image = dict(bytes=b"no image", path=None)
-    rows = [dict(prompt="The plot", image=image, images=[image], more=dict(image=image), label=3)]
+    rows = [
+        dict(prompt="The plot", image=image, images=[image], more=dict(image=image), label=3, pdf=image, many=[image])
+    ]
     kinds = dict(prompt=datasets.Value("string"), image=datasets.Image(), images=datasets.List(datasets.Image()))
-    kinds |= dict(more=dict(image=datasets.Image()), label=datasets.Value("int64"))
+    kinds |= dict(more=dict(image=datasets.Image()), label=datasets.Value("int64"), pdf=datasets.Pdf())
+    kinds |= dict(many=datasets.LargeList(datasets.Image()))
     path = str(tmp_path / "p.parquet")
     datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
     (prompt,) = load(path, tokenizer)
@@ -409,9 +412,9 @@ WRONG_ROWS = {  # what is said: the row
     "'prompt' has the role 'model'": dict(prompt=[ASK, dict(role="model", content="Yes.")], chosen="y", rejected="z"),
     "'prompt' holds chat messages, but not as JSON": dict(prompt=str([ASK]), chosen="y", rejected="z"),
     "'chosen' holds chat messages, but not as JSON": dict(prompt=[ASK], chosen=json.dumps([GOOD])[:-5], rejected="z"),
-    '\'prompt\' is [{"from": "human"': dict(prompt='[{"from": "human", "value": "Hi"}]', chosen="y", rejected="z"),
-    "'prompt' is {\"messages\": [": dict(prompt=json.dumps(dict(messages=[ASK])), chosen="y", rejected="z"),
-    '\'prompt\' is {"role": "user"': dict(prompt=json.dumps(ASK), chosen="y", rejected="z"),
+    "'prompt' holds a chat as JSON: ": dict(prompt='[{"from": "human", "value": "Hi"}]', chosen="y", rejected="z"),
+    "'prompt' holds a chat as JSON": dict(prompt=json.dumps(dict(messages=[ASK])), chosen="y", rejected="z"),
+    "'chosen' holds a chat as JSON": dict(prompt=[ASK], chosen=json.dumps(GOOD), rejected="z"),
     "the answer in 'chosen' has 'tool_calls'": dict(prompt=[ASK], chosen=[GOOD | dict(tool_calls=[1])], rejected=[BAD]),
     "the answer in 'rejected' has 'reasoning_content'": dict(
         prompt=[ASK], chosen=[GOOD], rejected=[BAD | dict(reasoning_content="Hm")]
@@ -439,7 +442,8 @@ def test_a_prompt_column_that_the_user_names_must_be_there(tmp_path, capsys):
 
 
 def test_texts_that_only_look_like_messages_stay_texts(tmp_path, tokenizer):
-    texts = ["[1, 2] is a list", "[]", "[[1]]", '[{"a": 1}]', "[The plot]"]
+    texts = ["[1, 2] is a list", "[]", "[[1]]", '[{"a": 1}]', "[The plot]", "[" * 100_000]
+    texts += ['{"from": "USD", "to": "EUR", "value": 100}', '{"role": "engineer", "content": "x"}', '{"messages": [1]}']
     path = write(tmp_path / "p.jsonl", *(json.dumps(dict(prompt=text)) for text in texts))
     assert [prompt.text for prompt in load(path, tokenizer)] == texts
 
@@ -710,7 +714,7 @@ def test_an_answer_that_goes_on_after_an_eos_is_cut_and_told(tmp_path, capsys):
     eos = "<|endoftext|>"
     rows = [dict(prompt="a", completion=text) for text in (f" b{eos} c", f" b{eos}", " b")]
     found = demonstrations(tmp_path / "p.jsonl", *rows)
-    assert "1 of 'completion' hold <|endoftext|> before their end, and are cut there" in capsys.readouterr().out
+    assert "1 of 'completion' hold '<|endoftext|>' before their end, and are cut there" in capsys.readouterr().out
     assert found[0].demonstration == found[1].demonstration == found[2].demonstration
 
 
@@ -742,11 +746,13 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path, capsys, toke
         return write(tmp_path / name, *map(json.dumps, rows))
 
     _, held_out = common.train_and_held_out(load_pairs, pairs("a.jsonl", range(50)), None, 7)
-    assert f"the prompts of {len(held_out)} of these are trained on with other answers" in capsys.readouterr().out
+    said = "held-out rows have a prompt that is trained on, too, with another answer"
+    assert f"note: {len(held_out)} {said}" in capsys.readouterr().out
     common.train_and_held_out(load_pairs, pairs("a.jsonl", range(0, 50, 5)), pairs("b.jsonl", (1, 2, 5)), 7)
-    assert "the prompts of 0" not in capsys.readouterr().out
+    assert said not in capsys.readouterr().out
     common.train_and_held_out(load_pairs, pairs("a.jsonl", range(0, 50, 5)), pairs("b.jsonl", (1, 2, 55)), 7)
-    assert "the prompts of 1 of these" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"note: 1 {said}" in out and "are in the data that is trained on" not in out
 
 
 def test_a_tokenizer_that_is_not_what_its_file_says_is_told(tmp_path, capsys):
@@ -755,7 +761,7 @@ def test_a_tokenizer_that_is_not_what_its_file_says_is_told(tmp_path, capsys):
     for kind, is_told in (("gpt2", False), ("qwen2", True)):
         (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind, vocab_size=50)))
         common.load_tokenizer(str(tmp_path))
-        note = "Qwen2Tokenizer reads texts otherwise than the folder's tokenizer.json"
+        note = "Qwen2Tokenizer splits texts in another way than the folder's tokenizer.json"
         assert (note in capsys.readouterr().out) == is_told
 
 
@@ -775,14 +781,24 @@ def test_an_eos_without_an_embedding_is_refused(tmp_path, capsys):
         ("p.csv", b"prompt,prompt\nA,B\n", "p.csv:1: two columns have the same name"),
         ("p.json", b'{"data": [{"prompt": "A"}]}', "p.json: a dict; expected a list of JSON objects"),
         ("p.csv", b"\xef\xbb\xbfprompt\nx\n\xe9\n", "p.csv:3: not UTF-8"),
-        ("p.tsv", b'n\tprompt\n1\t"To be\n2\tor\n3\tnot"\n', "p.tsv:4: a field in quotes holds tabs and lines"),
+        ("p.tsv", b'n\tprompt\n1\t"To be\n2\tor\n3\tnot"\n', "p.tsv:4: a quotation mark before this line swallows"),
+        ("nope.parquet/no.parquet", None, "nope.parquet/no.parquet: No such file"),
     ],
 )
 def test_files_that_are_not_what_they_seem(tmp_path, capsys, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    if content:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit):
         common.load_rows(str(tmp_path / name))
     assert message in capsys.readouterr().err
+
+
+def test_code_in_a_tsv_is_a_field(tmp_path):
+    code = 'func main() {\n\tprintln("hi")\n\tprintln("you")\n}'
+    path = tmp_path / "p.tsv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["n", "prompt"], ["1", code], ["2", "x"]])
+    assert [row["prompt"] for _, row in common.load_rows(str(path))] == [code, "x"]
 
 
 def test_a_reward_function_gets_each_column_of_the_file_with_each_batch(tmp_path, tokenizer):

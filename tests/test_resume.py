@@ -177,8 +177,10 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint_but_not_under_nohup(tm
     pipes = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal)
     process = subprocess.Popen(command, cwd=tmp_path, env=script_environment(), **pipes)
     os.close(theirs)
+    begin = time.time()
     while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
         time.sleep(0.01)
+        assert time.time() < begin + 60
         assert process.poll() is None, os.read(ours, 10_000).decode()
     os.close(ours)
     assert process.wait(60) == (0 if prefix else 128 + signal.SIGHUP)

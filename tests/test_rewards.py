@@ -153,16 +153,40 @@ def test_neighbours_of_one_name_in_two_folders_are_refused(tmp_path, capsys):
         code = "import the_helper\ndef reward(prompts, responses): return [len(the_helper.NAME)]"
         (tmp_path / folder / f"of_{folder}.py").write_text(code)
     assert common.Reward(function=f"{tmp_path}/a/of_a.py:reward")(responses(["x"])).tolist() == [1]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         common.Reward(function=f"{tmp_path}/b/of_b.py:reward")
-    assert "imports the_helper, but " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "imports the_helper, but would get " in err
+
+
+@pytest.mark.parametrize("name", ["datasets", "json", "sys"])
+def test_a_neighbour_that_is_named_like_an_installed_package_does_no_harm(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('read')")
+    reward = reward_file(tmp_path, f"import {name}\ndef reward(prompts, responses): return [len({name}.__name__)]")
+    assert reward(responses(["x"])).tolist() == [len(name)]
+
+
+def test_a_decorated_function_is_called_as_its_wrapper_is(tmp_path):
+    code = """
+import functools
+def adapted(trl):
+    @functools.wraps(trl)
+    def reward(prompts, responses, **columns):
+        return trl(completions=responses, prompts=prompts, **columns)
+    return reward
+@adapted
+def reward(completions, **columns):
+    return [len(text) for text in completions]
+"""
+    assert reward_file(tmp_path, code)(responses(["a", "bb"])).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("names", ["responses, prompts", "completions, prompts=None", "completions"])
 def test_arguments_in_another_order_are_refused(tmp_path, capsys, names):
     with pytest.raises(SystemExit):
         reward_file(tmp_path, f"def reward({names}, **columns): return [0]")
-    said = f"takes ({names}, **columns), but it is called as reward(prompts, responses, **columns)"
+    names = names.replace("=None", "")
+    said = f"takes ({names}, columns), but it is called as reward(prompts, responses, **columns)"
     assert said in capsys.readouterr().err
 
 
@@ -172,6 +196,7 @@ SETTINGS = [
     "torch.set_grad_enabled(False)",
     "torch.set_default_device('meta')",
     "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.set_num_threads(torch.get_num_threads() + 1)",
     "torch.use_deterministic_algorithms(True)",
 ]
@@ -272,6 +297,7 @@ NUMBERS = {  # what a function returns for responses of 1 and 2 letters: the rew
     "{'x': 1, 'y': 2}.values()": [1, 2],
     "(len(response) for response in responses)": [1, 2],
     "[16777217, 0.1]": [16777216, 0.1],
+    "numpy.ma.masked_invalid([1.5, 2])": [1.5, 2],
 }
 NOT_NUMBERS = {  # what a function returns: what is said
     "{1.0: 2.0, 3.0: 4.0}": "returned {1.0: 2.0, 3.0: 4.0}; expected a number for each response",
