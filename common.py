@@ -604,7 +604,7 @@ def optimizer_step(engine, learning_rate) -> tuple[float, int]:
 
 def scheduled(peak, schedule, warmup_ratio, step, num_steps) -> float:
     """The learning rate of a step (1 … num_steps): linear warm-up, then constant, or down towards 0."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = math.ceil(warmup_ratio * num_steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / (num_steps - warmup)
@@ -1253,10 +1253,11 @@ def save_and_check(engine, tokenizer, folder, backend):
             for path in aside.glob("*.safetensors"):  # which only their owner may read, so far
                 shutil.copymode(aside / "config.json", path)
             check_saved(model, aside)
-            if hasattr(model, "peft_config"):
-                save_adapter(model, folder.with_name("adapter"))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
+            if hasattr(model, "peft_config"):
+                with writing(folder.parent):
+                    save_adapter(model, folder.with_name("adapter"))
     dist.barrier()
 
 
@@ -1993,7 +1994,7 @@ class Run:
     def write_beginning(self):
         """The files of a run that begins or goes on; what an earlier process wrote after the checkpoint is dropped."""
         if self.last_checkpoint == 0:  # else args.json is there, and --resume has compared it
-            record = self.flags | dict(ranks=dist.get_world_size(), inputs=input_digests(self.flags))
+            record = self.flags | dict(ranks=dist.get_world_size(), inputs=input_digests(self.flags, self.folder))
             write_whole(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
             for path in self.folder.glob("events.*"):
                 path.unlink()
@@ -2052,9 +2053,10 @@ class Run:
         self.rows.append(finite)
         if self.is_main:
             append_rows(self.folder / "metrics.jsonl", [dict.fromkeys(metrics) | finite])
-            for name, value in metrics.items():
-                group = "eval" if name.startswith("eval_") else "train"
-                self.writer.add_scalar(f"{group}/{name}", value, update)
+            with writing(self.folder):
+                for name, value in metrics.items():
+                    group = "eval" if name.startswith("eval_") else "train"
+                    self.writer.add_scalar(f"{group}/{name}", value, update)
             names = ("reward", "gold_reward", "kl", "entropy") if "reward" in metrics else ("accuracy", "loss")
             self.show({name: metrics[name] for name in names if name in metrics})
             self.bar.update(update > 0)
@@ -2138,7 +2140,8 @@ class Run:
     def close(self):
         self.bar.close()
         if self.is_main:
-            self.writer.close()
+            with writing(self.folder):
+                self.writer.close()
         dist.barrier()
         dist.destroy_process_group()
 
@@ -2157,7 +2160,8 @@ def troubles(rows: list[dict]) -> dict[str, str]:
         found["entropy"] = "the policy has collapsed, it has one response to each prompt: lower --learning-rate"
     elif last_are("truncated_fraction", 0.5, 2):
         found["length"] = "most sampled responses are cut off: raise --response-length or --missing-eos-penalty"
-    if last_are("kl", 100, math.inf) or last.get("eval_log_ratio", 0) > 100:
+    is_fine_tuning = "eval_loss" in last  # which is meant to go far
+    if last_are("kl", 100, math.inf) or (last.get("eval_log_ratio", 0) > 100 and not is_fine_tuning):
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
     if last_are("reward_std", -1, 1e-6):
         found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
@@ -2179,7 +2183,8 @@ import transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(".")
 model = transformers.AutoModelForCausalLM.from_pretrained(".")
 ids = tokenizer("A prompt", return_tensors="pt")  # a chat: tokenizer.apply_chat_template
-print(tokenizer.decode(model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=64)[0]))
+settings = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)  # the temperature is one of the flags below
+print(tokenizer.decode(model.generate(**ids, **settings, max_new_tokens=64)[0]))
 """
 
 
@@ -2260,13 +2265,14 @@ def saved_sizes(engines) -> tuple[int, int]:
     return model, checkpoint
 
 
-def input_digests(flags: dict) -> dict[str, str]:
+def input_digests(flags: dict, run_folder) -> dict[str, str]:
     """-> {file: hash of its content} for the files that --resume reads again; what is on a hub has none."""
     digests = {}
     paths = [file_of(flags[name]) for name in INPUTS if flags.get(name)]
     for path in paths:
         for file in [path, *sorted(path.rglob("*"))]:
-            if file.is_file() and file.suffix != ".md" and ".git" not in file.parts:
+            is_input = file.suffix != ".md" and ".git" not in file.parts and not file.is_relative_to(run_folder)
+            if file.is_file() and is_input:
                 digest = hashlib.sha256()
                 with fails_with(file), open(file, "rb") as content:
                     while block := content.read(2**20):
@@ -2405,7 +2411,7 @@ def forget_example(args):
     if not args.dataset:
         fail(f"--model {args.model} is your own: give --dataset, too (the example's is for the example's model)")
     for name in ("dataset", "reward_model", "reward_function"):
-        if name not in own or "model" in own:
+        if name not in own or "model" in own or not hasattr(args, "model"):
             continue
         if not file_of(getattr(args, name)).resolve().is_relative_to(HERE / "examples"):
             flag = f"--{name.replace('_', '-')}"
@@ -2439,7 +2445,7 @@ def parse_args(Args):
         if new != old:
             longer = "; to train longer, start a run from its policy" if name == "total_episodes" else ""
             fail(f"--{name.replace('_', '-')} {new} differs from the run in {folder}, which had {old}{longer}")
-    digests = input_digests(vars(args))
+    digests = input_digests(vars(args), folder)
     for file in sorted(inputs | digests):
         if inputs.get(file) != digests.get(file):
             fail(f"--resume {folder}: {file} has changed since the run began")
@@ -2588,8 +2594,9 @@ def gather_rows(rows) -> list:
 
 
 def standard_deviation(x):
-    """Of the entries of all ranks -> a scalar."""
-    return x.new_tensor(gather_rows(x.tolist())).std(correction=0)
+    """Of the entries of all ranks -> a scalar; NaN for one entry, whose deviation says nothing."""
+    entries_N = x.new_tensor(gather_rows(x.tolist()))
+    return entries_N.std(correction=0) if entries_N.numel() > 1 else x.new_tensor(math.nan)
 
 
 def global_means(**tensors) -> dict[str, float]:

@@ -177,7 +177,7 @@ def evaluate(model, pairs, pairs_at_once) -> list[dict]:
     for pair, found in zip(pairs, scores_of_all(model, pairs, pairs_at_once)):
         for i in (0, 1):
             row = dict(prompt=pair.prompt.text, response=pair.responses[i], chosen=i == 0, reward=found[i])
-            rows.append(row | dict(length=len(pair.ids[i])))
+            rows.append(row | dict(length=len(pair.ids[i]) - len(pair.prompt.ids)))
     return rows
 
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_DFL)  # ctrl-C, or `| head`, ends the program without a traceback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
-from common import NonNegativeInt, PathOrName, PositiveFloat, PositiveInt  # noqa: E402
+from common import NonNegativeFloat, NonNegativeInt, PathOrName, PositiveFloat, PositiveInt  # noqa: E402
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -64,11 +64,14 @@ class Args:
     """Sequence-classification model that scores prompt + response; its tokenizer may be another."""
     reward_function: PathOrName | None = None
     """Python function file.py:name that scores texts in place of the reward model."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Reward units taken from a response that does not end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation."""
 
 
 DATA = "dataset dataset_config dataset_split prompt_column max_prompt_length response_length temperature".split()
+DATA += ["missing_eos_penalty"]
 
 
 def settings_of(run: Path) -> dict:
@@ -153,6 +156,8 @@ def main() -> None:
     paths, tokenizers, data = [], [], []
     for letter, path in zip(string.ascii_uppercase, args.policies):
         print(f"{letter}: {path}")
+        if Path(path, "args.json").is_file() and not Path(path, "policy").is_dir():
+            common.fail(f"{path}: a run without a policy: it has not ended yet, or it trained a reward model")
         paths.append(str(Path(path, "policy")) if Path(path, "policy").is_dir() else path)
         tokenizers.append(common.load_tokenizer(paths[-1]))
         if not args.typed:
@@ -163,6 +168,7 @@ def main() -> None:
     reward = common.Reward(
         model=args.reward_model,
         function=args.reward_function,
+        missing_eos_penalty=args.missing_eos_penalty,
         backend=backend,
         prompt=first_prompt,
         micro_batch_size=32,

@@ -10,7 +10,8 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 
 
 def last_number(text: str) -> float | None:
-    numbers = NUMBER.findall(text.replace("$", "").replace("−", "-"))
+    plain = text.replace("$", "").replace("−", "-").replace("{,}", ",").replace("\\!", "")  # 1{,}234 and 1,\!234
+    numbers = NUMBER.findall(plain)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 

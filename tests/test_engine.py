@@ -321,6 +321,7 @@ def test_learning_rate_schedules():
     assert rates("constant", 0.2)[:3] == [1.0, 2.0, 2.0]
     assert rates("linear", 0) == pytest.approx([2 - 0.2 * i for i in range(10)])
     assert rates("cosine", 0)[5] == pytest.approx(1.0) and 0 < rates("cosine", 0)[-1] < 0.1
+    assert common.scheduled(2.0, "constant", 0.07, 7, 100) == 2.0  # though 0.07 * 100 is a bit more than 7
     assert all(r > 0 for schedule in ("linear", "cosine") for w in (0, 0.5, 1) for r in rates(schedule, w))
 
 

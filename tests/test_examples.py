@@ -171,7 +171,7 @@ def own(tmp_path):
 
     (tmp_path / "own.jsonl").write_text('{"question": "The plot", "number": 3}\n{"question": "The end", "number": 8}\n')
     (tmp_path / "r.py").write_text("def reward(prompts, responses, number):\n    return number\n")
-    (tmp_path / "s.py").write_text("def reward(prompts, responses):\n    return [-1.0] * len(prompts)\n")
+    (tmp_path / "s.py").write_text("def reward(prompts, responses, **columns):\n    return [-1.0] * len(prompts)\n")
     saved = dict(dataset=str(EXAMPLE / "prompts.jsonl"), eval_dataset=f"{tmp_path}/own.jsonl", temperature=0.5)
     saved |= dict(dataset_config=None, dataset_split="train", prompt_column="question", max_prompt_length=9)
     saved |= dict(response_length=5, reward_model=None)
@@ -191,6 +191,19 @@ def test_compare_judges_a_run_by_its_own_data_and_reward(own):
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("As in ")]
     assert f"As in {own / 'one'}" in line and f"--dataset {own / 'own.jsonl'}" in line
     assert "--response-length 5" in line and "--temperature 0.5" in line
+
+
+def test_compare_takes_a_run_s_penalty_off_and_has_no_notes_on_the_example(own):
+    saved = json.loads((own / "one" / "args.json").read_text())
+    (own / "one" / "args.json").write_text(json.dumps(saved | dict(missing_eos_penalty=5.0, response_length=1)))
+    result = run_script("examples/compare.py", own / "one", "--reward-function", f"{own / 's.py'}:reward")
+    assert_ok(result)
+    assert "A greedy   -6.00" in result.stdout and "note" not in result.stdout
+
+
+def test_compare_says_that_a_run_has_not_ended(own, monkeypatch, capsys):
+    (own / "one" / "policy").rename(own / "elsewhere")
+    assert "it has not ended yet" in refusal("compare", monkeypatch, capsys, own / "one")
 
 
 def test_flags_of_compare_go_before_those_of_a_run(own, monkeypatch, capsys):
@@ -220,6 +233,10 @@ def test_compare_refuses_runs_that_differ(own, monkeypatch, capsys):
     assert "give --response-length" in line
     flags = ["--response-length", 4, "--dataset", own / "none.jsonl"]
     assert "none.jsonl: No such file" in refusal("compare", monkeypatch, capsys, own / "one", own / "two", *flags)
+    (own / "two" / "args.json").write_text(json.dumps(saved | dict(missing_eos_penalty=5.0)))
+    (own / "one" / "args.json").write_text(json.dumps(saved | dict(missing_eos_penalty=0.0)))
+    line = refusal("compare", monkeypatch, capsys, own / "one", own / "two")
+    assert "give --missing-eos-penalty" in line
     (own / "two" / "args.json").write_text("{")
     assert "args.json: no valid JSON" in refusal("compare", monkeypatch, capsys, own / "two")
 

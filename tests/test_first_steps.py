@@ -57,6 +57,20 @@ def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
         assert common.troubles([*rows_of(**changes)[:2], *rows_of()[:1]]) == {}  # one bad update is none
 
 
+def test_fine_tuning_may_go_as_far_as_it_likes():
+    assert common.troubles(rows_of(eval_log_ratio=400.0, eval_loss=1.0)) == {}
+
+
+def test_one_response_has_no_deviation_and_is_no_trouble(tmp_path, capsys):
+    start_backend()
+    assert common.standard_deviation(torch.tensor([3.0])).isnan()
+    assert common.standard_deviation(torch.tensor([3.0, 5.0])).item() == 1
+    flags = "--total-episodes 4 --batch-size 1 --eval-every 0 --response-length 8".split()
+    assert run_here("remax", *flags, "--output-dir", tmp_path / "r") == 0
+    assert "one reward" not in capsys.readouterr().out
+    assert [row["reward_std"] for row in read_metrics(tmp_path / "r")] == 4 * [None]
+
+
 def warnings_of(row, but=()) -> set[str]:
     """The names of all troubles in the course of a run, from its curves."""
     curves = {name: values for name, values in row["curves"].items() if name not in but}

@@ -113,17 +113,20 @@ def test_a_resumed_run_reads_what_it_began_with(tmp_path, own_inputs, monkeypatc
 def test_data_in_a_folder_has_any_ending(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl.gz").write_bytes(b"one")
-    before = common.input_digests(dict(dataset=str(tmp_path)))
+    before = common.input_digests(dict(dataset=str(tmp_path)), tmp_path / "run")
     (tmp_path / "data" / "train.jsonl.gz").write_bytes(b"two")
-    after = common.input_digests(dict(dataset=str(tmp_path)))
+    after = common.input_digests(dict(dataset=str(tmp_path)), tmp_path / "run")
     assert before.keys() == after.keys() == {str(tmp_path / "data" / "train.jsonl.gz")}
     assert before != after
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")  # a run that lies in its model's or its data's folder
+    assert common.input_digests(dict(dataset=str(tmp_path)), tmp_path / "run") == after
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_a_full_disk(tmp_path, capsys):
     (tmp_path / "notes").symlink_to("/proc/self/mem")  # a file that refuses to be read, also to root
     with pytest.raises(SystemExit) as error, common.writing(tmp_path):
-        common.input_digests(dict(model=str(tmp_path)))
+        common.input_digests(dict(model=str(tmp_path)), tmp_path / "run")
     assert error.value.code == 2
     assert only_line(capsys) == f"error: {tmp_path / 'notes'}: Input/output error"
 
@@ -237,6 +240,23 @@ def test_a_disk_that_is_full_while_metrics_are_written(tmp_path, capsys, monkeyp
     monkeypatch.setattr(common.Run, "log", log_to_a_full_disk)
     assert run_here("remax", *SHORT, "--output-dir", tmp_path / "r") == 1
     assert "could not write, the disk has" in only_line(capsys)
+
+
+def no_room(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_while_curves_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common.SummaryWriter, "add_scalar", no_room)
+    assert run_here("remax", *SHORT, "--output-dir", tmp_path / "r") == 1
+    assert "could not write, the disk has" in only_line(capsys)
+
+
+def test_a_disk_that_is_full_while_an_adapter_is_written_keeps_the_policy(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "save_file", no_room)
+    assert run_here("remax", *SHORT, "--lora-rank", 2, "--output-dir", tmp_path / "r") == 1
+    assert "could not write, the disk has" in only_line(capsys)
+    common.load_tokenizer(str(tmp_path / "r" / "policy"))
 
 
 def test_a_disk_that_is_full_while_a_checkpoint_is_written_keeps_the_last_one(tmp_path, capsys, monkeypatch):
