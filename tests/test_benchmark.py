@@ -169,18 +169,6 @@ def test_shorter_runs_and_their_settings_come_from_tuned_s_rows(tmp_path):
     assert tuned.setting_of(learning_signal.part_of(run, 0.5).row("")) == found[0]
 
 
-def test_gold_rewards_of_long_runs_are_read_on_the_line_between_points():
-    import long_runs
-
-    points = [dict(reward=r, kl=kl, gold=gold) for r, kl, gold in ((0, 0, 0.0), (2, 10, 0.6), (4, 30, 0.2))]
-    assert long_runs.gold_where(dict(points=points), "reward", 3) == pytest.approx([0.4])
-    assert long_runs.gold_where(dict(points=points), "kl", 5) == pytest.approx([0.3])
-    assert long_runs.gold_where(dict(points=points), "kl", 31) == []
-    row = dict(task="t", method="m", flags="--learning-rate 0.001 --kl-coef 0.0125", points=points, length=9)
-    line = long_runs.table([row | points[-1]]).splitlines()[-1]
-    assert "| 0.60 | 2.00 | 10.0 | 0.20 | 4.00 | 30.0 | 0.40 | 9 |" in line
-
-
 @dataclasses.dataclass
 class Trial:
     """A method's grid as choice.py sees it; gold reward and KL are functions of the setting and the seed."""
@@ -628,6 +616,13 @@ def test_the_table_of_the_first_run_is_that_of_its_rows():
 
     results = rows.read_rows(rows.RESULTS / "first_run.jsonl")
     assert first_run.table(results) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_long_runs_is_that_of_its_rows():
+    import long_runs
+
+    results = rows.read_rows(rows.RESULTS / "long_runs.jsonl")
+    assert long_runs.table(results) in (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_shows_the_table_that_memory_prints():
