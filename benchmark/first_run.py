@@ -69,7 +69,8 @@ def table(rows: list[dict]) -> str:
         group = [row for row in rows if row["method"] == method]
         cells = [with_spread([row[name] for row in group]) for name in ("last", "best")]
         cells += [with_spread([row["kl"] for row in group], 1), with_spread([row["cut"] for row in group])]
-        lines.append([f"{method} ({len(group)} seeds)", *cells, str(sum(row["warnings"] > 0 for row in group))])
+        seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
+        lines.append([f"{method} ({seeds})", *cells, str(sum(row["warnings"] > 0 for row in group))])
     return markdown_table(["run", *list(COLUMNS.values())[:-1], "runs with a warning"], lines)
 
 
