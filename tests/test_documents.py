@@ -119,6 +119,7 @@ def test_the_readme_s_figures_are_those_of_the_rows():
     falls = [row["best"] - row["last"] for row in rows("first_run.jsonl") if row["method"] == "remax"]
     first, last, end = slice(1, 11), slice(-10, None), slice(-1, None)  # the row before is the initial policy's
     free = "remax, no KL penalty"
+    assert sorted(row["kl"] > 40 for row in ends("remax, N = 3", "imdb", "restraints.jsonl")) == [False, False, True]
     raised = "reviews, rewards + 9.3"
     times = [f"{ratio('step.jsonl', 'W2', 'cpu_s', ppo, 'remax'):.1f}" for ppo in ("ppo1", "ppo4")]
     for sentence in (
@@ -138,10 +139,13 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"raised by 9.3 it falls from {gold_before('reinforce')} to {gold_before('reinforce', raised)}, "
         f"ReMax from {gold_before('remax')} to {gold_before('remax', raised)}",
         f"reviews {gold('remax, N = 3')} at {nats('remax, N = 3')} nats, PPO {gold('ppo, 1 epoch')} at "
-        f"{nats('ppo, 1 epoch')}; with one {gold('remax')} at {nats('remax')}; rule {gold('remax', 'rule')}, "
-        f"{gold('ppo, 1 epoch', 'rule')}",
+        f"{nats('ppo, 1 epoch')}; rule {gold('remax, N = 3', 'rule')}, {gold('ppo, 1 epoch', 'rule')}; real text "
+        f"{gold('remax, N = 3', 'imdb')}, {gold('ppo, 1 epoch', 'imdb')}, but one of three seeds runs off; "
+        f"with one sample {gold('remax')}, "
+        f"{gold('remax', 'rule')} and {gold('remax', 'imdb')}",
         f"over DPO: reviews {gold('spr')}, {gold('dpo')}; rule {gold('spr', 'rule')}, {gold('dpo', 'rule')}; "
-        f"Best-of-N is level, {gold('best-of-n')} and {gold('best-of-n', 'rule')}",
+        f"Best-of-N is level, {gold('best-of-n')} and {gold('best-of-n', 'rule')}; real text {gold('spr', 'imdb')}, "
+        f"{gold('best-of-n', 'imdb')}",
         f"{gold_before('spr, N = 4')}, {gold_before('spr')}, {gold_before('spr, N = 16')} with N = 4, 8, 16",
     ):
         assert sentence in " ".join(README.split())
