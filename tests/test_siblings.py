@@ -49,7 +49,7 @@ def names_in(text: str) -> set[str]:
         ("ppo", "grpo", 162),
         ("remax", "spr", 221),
         ("spr", "spr_token", 240),
-        ("reward_model", "dpo", 116),
+        ("reward_model", "dpo", 118),
     ],
 )
 def test_diffs_stay_within_their_lines(a, b, budget):

@@ -692,7 +692,10 @@ def test_reward_model(tmp_path):
             for name in ("chosen", "rejected"):
                 row = dict(update=update, prompt=pair["prompt"], response=pair[name], chosen=name == "chosen")
                 reward = score(pair["prompt"], pair[name]).item()
-                rows.append(row | dict(reward=reward, length=len(ids_of(pair["prompt"], pair[name]))))
+                length = len(ids_of(pair["prompt"], pair[name])) - len(
+                    tokenizer(pair["prompt"])["input_ids"][-MAX_PROMPT:]
+                )
+                rows.append(row | dict(reward=reward, length=length))
         samples.extend(rows)
         rewards = [row["reward"] for row in rows]
         margins = [a - b for a, b in zip(rewards[::2], rewards[1::2])]
