@@ -1356,11 +1356,7 @@ def users_code(spec, note="") -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(gradients)
-            with contextlib.suppress(RuntimeError):  # torch refuses to tell what its newer settings have changed
-                if torch.get_float32_matmul_precision() == precision:
-                    precision = None
-            if precision:
-                torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision(precision)
             if torch.are_deterministic_algorithms_enabled() != deterministic:
                 torch.use_deterministic_algorithms(deterministic)
             if torch.get_num_threads() != num_threads:
@@ -1708,11 +1704,9 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
         prompt.digest = hashlib.sha256(said.encode()).hexdigest()  # it stays when a file grows or its rows move
         prompts.append(prompt)
         counts[form] += 1
-        num_changed += any(
-            message["content"].strip() not in prompt.text
-            for message in prompt.messages or []
-            if message["role"] in ("system", "user")
-        )
+        asked_for = [message["content"] for message in prompt.messages or [] if message["role"] in ("system", "user")]
+        if any(text.strip() not in prompt.text for text in asked_for):
+            num_changed += 1
     if any(prompt.messages and prompt.columns.get("tools") for prompt in prompts):
         print(f"note: {os.path.relpath(path)} has a column 'tools', which the chat template does not get")
 
