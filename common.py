@@ -1013,7 +1013,7 @@ def check_policy(policy: Policy):
     It runs on the CPU, on a short text: left-padded, in training mode, and decoded with a cache.
     """
     # On one thread 124 million weights take 0.7 to 0.9 seconds (float32 or bfloat16, with AVX-512), so 7 billion take
-    # about 40. Without AVX-512's bfloat16 they take a minute or more. A run does it once.
+    # about 45. Without AVX-512's bfloat16 they take a minute or more. A run does it once.
     model = policy.decoder
     if model.config.model_type == "phimoe":
         raise ValueError("its router is sampled in training and reads its jitter everywhere")

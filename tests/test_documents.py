@@ -124,7 +124,7 @@ def test_the_readme_s_figures_are_those_of_the_rows():
     times = [f"{ratio('step.jsonl', 'W2', 'cpu_s', ppo, 'remax'):.1f}" for ppo in ("ppo1", "ppo4")]
     for sentence in (
         f"rises from {first_run('remax', 'gold_reward', first)} in the first tenth of the updates to "
-        f"{first_run('remax', 'gold_reward', last)} in the last (mean of five seeds; no seed ends more than "
+        f"{first_run('remax', 'gold_reward', last)} in the last (mean of five seeds on one thread; none ends more than "
         f"{math.ceil(100 * max(falls)) / 100:.2f} below its best tenth)",
         f"the reward rises further, to {float(first_run(free, 'reward', last)):.1f}, the gold reward falls to "
         f"{first_run(free, 'gold_reward', last)}, greedy responses end at a gold reward of "
