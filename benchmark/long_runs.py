@@ -15,7 +15,7 @@ from pathlib import Path
 import tuned
 import tyro
 from choice import Setting
-from rows import RESULTS, markdown_table, read_rows, run_missing, with_spread
+from rows import RESULTS, flag, markdown_table, read_rows, run_missing, with_spread
 from tasks import TITLES, run_of
 
 TASK = "reviews for long, all pairs"
@@ -40,16 +40,23 @@ class Args:
     """File that the results are appended to."""
 
 
+def restraint(row: dict) -> float:
+    """The KL coefficient or β of a row's run."""
+    coefficient = flag(row["flags"], "--kl-coef")
+    return flag(row["flags"], "--beta") if coefficient is None else coefficient
+
+
 def table(results: list[dict]) -> str:
     lines = []
-    for method in dict.fromkeys(row["method"] for row in results):
-        rows = [row for row in results if row["method"] == method and "failed" not in row]
+    results = [row for row in results if "failed" not in row]
+    for method, coefficient in dict.fromkeys((row["method"], restraint(row)) for row in results):
+        rows = [row for row in results if (row["method"], restraint(row)) == (method, coefficient)]
         bests = [max(row["points"], key=lambda point: point["gold"]) for row in rows]
-        cells = [f"{TITLES[method]} ({len(rows)} seeds)"]
+        cells = [f"{TITLES[method]} ({len(rows)} seeds)", f"{coefficient:g}"]
         for ends in (bests, rows):
             cells += [with_spread([end[name] for end in ends], digits) for name, digits in DIGITS.items()]
         lines.append(cells)
-    titles = ["method", "best gold", "its reward", "its KL", "gold at the end", "reward", "KL"]
+    titles = ["method", "KL coefficient or β", "best gold", "its reward", "its KL", "gold at the end", "reward", "KL"]
     return markdown_table(titles, lines)
 
 
