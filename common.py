@@ -8,6 +8,7 @@ vocabulary, D width, R all rows of a rollout, N any number. Logits at t predict 
 first EOS.
 """
 
+import ast
 import atexit
 import collections
 import contextlib
@@ -33,6 +34,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import site
@@ -496,7 +498,8 @@ class Reward:
             scorer, self.tokenizer = self.load_scorer()  # a model that cannot be used shows now, not after a rollout
             self.scorer = scorer if stays_loaded else None
         elif prompt:
-            self.score([prompt], [""])  # an error in the function shows now, too
+            # An error in the function shows now, too. NaN may come of the single row: some functions normalise a batch.
+            call_function(self.function, self.name, [prompt], [""])
 
     def load_scorer(self):
         classifier, tokenizer = load_classifier(self.name, self.backend)
@@ -515,8 +518,6 @@ class Reward:
             scores_B = call_function(self.function, self.name, prompts, texts)
         else:
             scores_B = self.model_scores(prompts, texts)
-        if len(scores_B) != len(prompts):
-            fail(f"{self.name} returned {len(scores_B)} rewards for {len(prompts)} responses", status=1)
         usable_B = scores_B.abs() < torch.finfo(torch.float32).max  # false for NaN, too
         if not usable_B.all():
             first = int(usable_B.int().argmin())
@@ -1149,6 +1150,9 @@ def with_adapters(model, rank):
         return model
     import peft  # only needed here
 
+    width = model.get_input_embeddings().embedding_dim
+    if rank > width:
+        fail(f"--lora-rank {rank} is more than the width of {model.name_or_path}, {width}: then all weights cost less")
     adapted = same_weights(model).train()
     adapted.requires_grad_(False)
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -1296,7 +1300,8 @@ def load_function(spec):
         fail(f"{spec}: the file has no function {name!r}")
     with contextlib.suppress(TypeError, ValueError):  # some callables do not tell their arguments
         names = list(inspect.signature(function, follow_wrapped=False).parameters)
-        if names[:1] in (["responses"], ["completions"]) or names[1:2] == ["prompts"]:
+        is_reversed = names[:1] and names[0].rstrip("s") in ("response", "completion", "output", "answer")
+        if is_reversed or names[1:2] in (["prompt"], ["prompts"]):
             fail(f"{spec}: takes ({', '.join(names)}), but it is called as {name}(prompts, responses, **columns)")
     return function
 
@@ -1321,15 +1326,37 @@ def load_module(path: Path):
 def refuse_another_neighbour(path: Path):
     """Ends the run if the file imports one beside it, but would get a file of that name from another folder."""
     installed = [sysconfig.get_path("stdlib"), site.getusersitepackages(), *site.getsitepackages()]
-    for name in re.findall(rb"^\s*(?:import|from)\s+(\w+)", path.read_bytes(), re.MULTILINE):
-        neighbour = path.with_name(f"{name.decode()}.py")
-        if not neighbour.exists():
-            continue
-        spec = importlib.util.find_spec(neighbour.stem)
+    for name, neighbour in imported_neighbours(path).items():
+        spec = importlib.util.find_spec(name)
         if spec is None or not spec.has_location or any(Path(spec.origin).is_relative_to(each) for each in installed):
             continue
-        if Path(spec.origin).resolve() != neighbour:
-            fail(f"{path}: imports {neighbour.stem}, but would get {spec.origin}: rename one of the two")
+        if Path(spec.origin).resolve() not in (neighbour, neighbour / "__init__.py"):
+            fail(f"{path}: imports {name}, but would get {spec.origin}: rename one of the two")
+
+
+def imported_neighbours(path: Path) -> dict[str, Path]:
+    """-> {name: file, or a package's folder} of what a Python file imports from its own folder, also indirectly."""
+    found = {}
+    files = [path]
+    for file in files:
+        names = []
+        with contextlib.suppress(SyntaxError, ValueError):  # which the import will tell
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Import):
+                    names += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names.append(node.module)
+        for name in names:
+            name = name.partition(".")[0]
+            package = path.with_name(name)
+            module = path.with_name(f"{name}.py")
+            if name not in found and (package / "__init__.py").is_file():
+                found[name] = package
+                files += sorted(package.rglob("*.py"))
+            elif name not in found and module.is_file():
+                found[name] = module
+                files.append(module)
+    return found
 
 
 @contextlib.contextmanager
@@ -1378,12 +1405,15 @@ def call_function(function, name, prompts: list[Prompt], texts: list[str]):
         if isinstance(found, Iterator):  # such as a generator, which runs only now
             found = list(found)
     try:
-        return torch.tensor(as_floats(found), dtype=torch.float64)
+        scores = as_floats(found)
     except OverflowError:
         fail(f"{name} returned a whole number that is too large for a float", status=1)
     except (TypeError, ValueError, RuntimeError):
         words = " ".join(str(found).split())[:80]  # one line; tensors print several
         fail(f"{name} returned {words}; expected a number for each response", status=1)
+    if len(scores) != len(prompts):
+        fail(f"{name} returned {len(scores)} rewards for {len(prompts)} responses", status=1)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def function_columns(prompts: list[Prompt]) -> dict[str, list]:
@@ -1453,32 +1483,72 @@ class Layout:
 
 
 def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
-    """Rows of a local file (FILES, also with .gz, or .parquet) or of a hub data set -> [(where it stands, row)]."""
-    suffix = Path(path.lower().removesuffix(".gz")).suffix
+    """Rows of a file (FILES, also with .gz, or .parquet), a folder or a hub data set -> [(where it stands, row)]."""
+    suffix = data_suffix(path)
     if suffix in FILES:  # `datasets` does not know the line of an error, and parses dates
         rows = read_file(path, suffix)
-    elif suffix != ".parquet" and Path(path).is_file():
+    elif Path(path).is_dir():
+        rows = read_folder(path, config, split)
+    elif suffix == ".parquet":
+        rows = read_parquet(path)
+    elif Path(path).is_file():
         fail(f"{path}: not a {', '.join(FILES)} file (each may be packed as .gz), nor a .parquet file")
     else:
-        import datasets  # slow to import, and only needed here
-        import pyarrow.parquet
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        if Path(path).is_dir():
-            refuse_folder(path, config)
-        with fails_with(path):
-            if suffix == ".parquet" and not Path(path).is_dir():
-                # `from_parquet` takes a name for a pattern, and a file of the same time for the one in its cache.
-                with open(path, "rb") as file:
-                    table = datasets.Dataset(pyarrow.parquet.ParquetFile(file).read(), fingerprint="unused")
-            else:
-                table = datasets.load_dataset(path, config, split=split)
-            table = table.to_iterable_dataset().cast(undecoded(table.features))
-            rows = [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
+        rows = read_hub(path, config, split)
     if not rows:
         fail(f"{path}: no rows")
     return rows
+
+
+def data_suffix(path) -> str:
+    return Path(path.lower().removesuffix(".gz")).suffix
+
+
+def read_folder(path, config, split) -> list[tuple[str, dict]]:
+    """`datasets` finds the split's files. Ours are read as if they were named: it takes dates for times, 007 for 7."""
+    if re.search(r"[*?[]", path):
+        fail(f"{path}: `datasets` takes * ? [ in a folder's name for a pattern: rename the folder")
+    with fails_with(path):
+        splits = datasets_library().load_dataset_builder(path, config).config.data_files or {}
+    files = splits.get(split, [])
+    if splits and not files:
+        fail(f"{path}: no split {split!r}; there are: {', '.join(map(str, splits))}")
+    if not files or any(data_suffix(file) not in (*FILES, ".parquet") for file in files):
+        return read_hub(path, config, split)
+    names = [os.path.relpath(file, path) for file in files]
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    print(f"{os.path.relpath(path)}, split {split!r}: {', '.join(names[:3])}{others}")
+    return [row for file in files for row in load_rows(file)]
+
+
+def read_parquet(path) -> list[tuple[str, dict]]:
+    import pyarrow.parquet
+
+    # `from_parquet` takes a name for a pattern, and a file of the same time for the one in its cache.
+    with fails_with(path), open(path, "rb") as file:
+        table = pyarrow.parquet.ParquetFile(file).read()
+        return table_rows(path, datasets_library().Dataset(table, fingerprint="unused"))
+
+
+def read_hub(path, config, split) -> list[tuple[str, dict]]:
+    with fails_with(path):
+        return table_rows(path, datasets_library().load_dataset(path, config, split=split))
+
+
+def datasets_library():
+    """`datasets`, which stays silent. It is slow to import, and only needed here."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def table_rows(path, table) -> list[tuple[str, dict]]:
+    if len(table) == 0:
+        return []
+    table = table.to_iterable_dataset().cast(undecoded(table.features))
+    return [(f"{path}: row {number}", row) for number, row in enumerate(table, start=1)]
 
 
 def undecoded(feature):
@@ -1494,19 +1564,6 @@ def undecoded(feature):
     return feature
 
 
-def refuse_folder(path, config):
-    """What `datasets` would read otherwise than it is written."""
-    import datasets
-    from datasets.packaged_modules.csv.csv import Csv
-
-    if re.search(r"[*?[]", path):
-        fail(f"{path}: `datasets` takes * ? [ in a folder's name for a pattern: rename the folder")
-    with fails_with(path):
-        builder = datasets.load_dataset_builder(path, config)
-    if isinstance(builder, Csv):
-        fail(f"{path}: holds csv files, in which `datasets` would read 007 as 7: name a file, not the folder")
-
-
 def read_file(path, suffix) -> list[tuple[str, dict]]:
     with fails_with(path):
         data = Path(path).read_bytes()
@@ -1519,7 +1576,13 @@ def read_file(path, suffix) -> list[tuple[str, dict]]:
         fail(f"{path}:{line}: not UTF-8: convert the file to UTF-8")
     if suffix in (".csv", ".tsv"):
         return list(read_csv(path, text, delimiter="\t" if suffix == ".tsv" else ","))
-    return list(read_json(path, text, has_lines=suffix != ".json"))
+    return list(read_json(path, text, has_lines=suffix != ".json" or has_objects_in_lines(text)))
+
+
+def has_objects_in_lines(text) -> bool:
+    """Whether a .json file is one of JSON lines, as some data sets name them."""
+    first, _, rest = text.strip().partition("\n")
+    return first[:1] == "{" and first.rstrip()[-1:] == "}" and rest.lstrip()[:1] == "{"
 
 
 def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
@@ -1530,7 +1593,8 @@ def read_json(path, text, has_lines) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{number}" if has_lines else f"{path}: row {number}"
             with fails_with(where):
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) is no text
+            with fails_with(f"{where}: a text holds half a character (a lone surrogate)"):
+                json.dumps(row, ensure_ascii=False).encode()
             if not isinstance(row, dict):
                 fail(f"{where}: a {type(row).__name__}; expected a JSON object")
             yield where, row
@@ -1582,11 +1646,11 @@ def read_value(row, column, where) -> str | list[dict]:
         if is_another_chat(value):
             fail(f"{where}: {column!r} holds a chat as JSON: write it as a list of {{role, content}} messages")
         return value
-    messages = value if isinstance(value, list) and value else [None]
+    messages = value if isinstance(value, list) and value else [value]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            found = str(value)[:40]
-            fail(f"{where}: {column!r} is {found}; expected a text or a list of {{role, content}} messages")
+            found = f"is {str(value)[:40]}" if message is value else f"holds {str(message)[:60]}"
+            fail(f"{where}: {column!r} {found}; expected a text or a list of {{role, content}} messages")
         if message["role"] not in ROLES:
             fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
     return messages
@@ -1627,7 +1691,11 @@ def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], 
         names = " and ".join(layout.answer_columns)
         if not earlier:
             shared = os.path.commonprefix(list(answers.values()))
-            prompt = re.sub(r"\S*\Z", "", shared).rstrip()  # the last word may be the beginning of two others
+            following = [text[len(shared) :] for text in answers.values()]
+            is_turn = shared.endswith(":") and not any(text and not text[0].isspace() for text in following)
+            if not is_turn:  # such as "Assistant:", where an answer is empty
+                shared = re.sub(r"\S*\Z", "", shared)  # its last word may be the beginning of two others
+            prompt = shared.rstrip()
             answers = {name: text.removeprefix(prompt) for name, text in answers.items()}
         if prompt is None or (prompt == "" and len(set(answers.values())) > 1):
             fail(f"{where}: no column {column!r}, and {names} share no beginning that could be the prompt")
@@ -1692,7 +1760,8 @@ def load_prompts(path, layout: Layout, tokenizer, max_length) -> list[Prompt]:
     for where, row in rows:
         asked, answers, form = read_row(row, where, layout, has_prompt)
         prompt = make_prompt(asked, tokenizer, max_length, f"{where}: {layout.prompt_column!r}")
-        if not prompt.text.strip() or not prompt.ids:
+        asked_texts = [asked] if isinstance(asked, str) else [message["content"] for message in asked]
+        if not any(text.strip() for text in asked_texts) or not prompt.ids:
             continue
         prompt.where = where
         prompt.columns = {name: row.get(name) for name in columns}  # a reward function gets all of them each time
@@ -1766,6 +1835,9 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
         if num_trained:
             print(f"note: {num_trained:,} of the first {len(held_out):,} are in the data that is trained on, too")
         note_shared_prompts(rows, [row for row in held_out if row.digest not in digests])
+        have_demonstrations = [getattr(some[0], "demonstration", None) is not None for some in (rows, held_out)]
+        if have_demonstrations == [True, False]:
+            print("note: these have no demonstration, unlike those that are trained on: there is no eval_loss")
         return rows, held_out
     candidates = [row for row in rows if row.digest < "8"]  # of hexadecimal digits: the lower half
     held_out = sorted(candidates, key=lambda row: row.digest)[:size]
@@ -1779,12 +1851,12 @@ def train_and_held_out(load, dataset, eval_dataset, size) -> tuple[list, list]:
 
 
 def note_shared_prompts(trained, held_out):
-    """Rows of one prompt with other answers may be on both sides: then a model is judged on prompts that it knows."""
+    """Rows of one prompt may be on both sides, with other answers: then a model is judged on prompts that it knows."""
     texts = [[getattr(row, "prompt", row).text for row in rows] for rows in (trained, held_out)]
     known = set(texts[0])
     num_shared = sum(text in known for text in texts[1])
     if num_shared:
-        print(f"note: {num_shared:,} held-out rows have a prompt that is trained on, too, with another answer")
+        print(f"note: {num_shared:,} held-out rows have a prompt that is trained on, too, with another answer or none")
 
 
 def encode(tokenizer, text, add_special_tokens=True) -> list[int]:
@@ -1820,7 +1892,9 @@ def encode_answers(tokenizer, prompts: list[Prompt], column) -> list[list[int]]:
             whole = chat_text(tokenizer, messages, prompt.where)
             turn = whole.removeprefix(prompt.text)
             core = answer.strip()  # templates may cut off white space
-            if turn == whole or whole.count(core) == prompt.text.count(core):
+            before = turn.partition(core)[0]
+            is_cut = any(eos in before for eos in eos_texts)
+            if turn == whole or whole.count(core) == prompt.text.count(core) or is_cut:
                 num_rewritten += 1
                 turn = answer
         rows.append(encode_response(tokenizer, turn))
@@ -2112,7 +2186,8 @@ class Run:
                 self.save_checkpoint(update)
             launcher = "python" if dist.get_world_size() == 1 else "the same launcher and number of ranks,"
             self.close()
-            tqdm.write(f"Stopped after update {update}. To go on: {launcher} {sys.argv[0]} --resume {self.folder}")
+            words = shlex.join([sys.argv[0], "--resume", str(self.folder)])
+            tqdm.write(f"Stopped after update {update}. To go on: {launcher} {words}")
             raise SystemExit(128 + number)
 
     def finish(self, model, usage):
@@ -2157,6 +2232,9 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     is_fine_tuning = "eval_loss" in last  # which is meant to go far
     if last_are("kl", 100, math.inf) or (last.get("eval_log_ratio", 0) > 100 and not is_fine_tuning):
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
+    if last.get("skipped_updates", 0) > 0:
+        count = f"{last['skipped_updates']:g} so far"
+        found["skipped"] = f"steps whose loss or gradient is not finite are skipped, {count}: lower --learning-rate"
     if last_are("reward_std", -1, 1e-6):
         found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
     if "eval_gold_reward" in last and "eval_reward" in last:
@@ -2263,9 +2341,13 @@ def input_digests(flags: dict, run_folder) -> dict[str, str]:
     """-> {file: hash of its content} for the files that --resume reads again; what is on a hub has none."""
     digests = {}
     paths = [file_of(flags[name]) for name in INPUTS if flags.get(name)]
+    for path in list(paths):
+        if path.suffix == ".py" and path.is_file():
+            paths += imported_neighbours(path).values()
     for path in paths:
         for file in [path, *sorted(path.rglob("*"))]:
-            is_input = file.suffix != ".md" and ".git" not in file.parts and not file.is_relative_to(run_folder)
+            is_input = file.suffix not in (".md", ".pyc") and ".git" not in file.parts
+            is_input = is_input and not file.is_relative_to(run_folder)
             if file.is_file() and is_input:
                 digest = hashlib.sha256()
                 with fails_with(file), open(file, "rb") as content:
@@ -2370,10 +2452,11 @@ def make_paths_absolute(args):
         value = getattr(args, field.name)
         if value is None or field.type not in (PathOrName, PathOrName | None):
             continue
-        folder = HERE if value == field.default else Path.cwd()  # the example lies beside this file
+        is_ours = value == field.default and f"__{field.name}" not in given_flags()
+        folder = HERE if is_ours else Path.cwd()  # the example lies beside this file
         if file_of(folder / value).exists():
             setattr(args, field.name, os.path.abspath(folder / value))
-        elif value == field.default:
+        elif is_ours:
             flag = f"--{field.name.replace('_', '-')}"
             fail(f"{flag}: {HERE} has no {value}: give --model, --dataset and a reward of your own")
 
@@ -2384,9 +2467,14 @@ def file_of(value) -> Path:
     return Path(file if file.endswith(".py") else value)
 
 
+def given_flags() -> list[str]:
+    """The words of the command line without what follows a `=`; flags as __name."""
+    return [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+
+
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
-    given = [word.partition("=")[0].replace("-", "_") for word in sys.argv]
+    given = given_flags()
     own = set()
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -2442,7 +2530,8 @@ def parse_args(Args):
     digests = input_digests(vars(args), folder)
     for file in sorted(inputs | digests):
         if inputs.get(file) != digests.get(file):
-            fail(f"--resume {folder}: {file} has changed since the run began")
+            change = "has changed" if Path(file).exists() else "is gone"
+            fail(f"--resume {folder}: {file} {change} since the run began")
     return args
 
 

@@ -142,7 +142,7 @@ def advantages(rewards_B, values_BT, logprobs_BT, ref_logprobs_BT, mask_BT, kl_c
     logprobs_BT, ref_logprobs_BT: log π_old and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat.
     gamma: discount per token.
     """
-    rewards_B = rewards_B.detach()
+    rewards_B = 1.0 * rewards_B.detach()  # whole numbers become floats
     # The penalty is a reward, so it is detached: its own gradient has mean 0.
     log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL
     mask_BT = mask_BT.to(rewards_B)

@@ -131,7 +131,7 @@ def advantages(rewards_B, baseline_rewards_B, logprobs_BT, ref_logprobs_BT, mask
     rewards_B, baseline_rewards_B: rewards of the sampled and of the greedy responses. logprobs_BT, ref_logprobs_BT:
     log π and log π_ref of the sampled tokens, in nats. kl_coef: reward units per nat. gamma: discount per token.
     """
-    rewards_B = rewards_B.detach()
+    rewards_B = 1.0 * rewards_B.detach()  # whole numbers become floats
     baseline_rewards_B = baseline_rewards_B.detach().to(rewards_B)
     # The penalty is a reward, so it is detached: its own gradient has mean 0.
     log_ratios_BT = (logprobs_BT - ref_logprobs_BT).detach().to(rewards_B)  # their mean over samples estimates the KL

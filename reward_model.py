@@ -215,7 +215,7 @@ def main() -> None:
     # 2. Models: a language model that gets a new head, or a reward model, which keeps its own
     classifier, _ = common.load_classifier(args.model, backend, new_head=True)
     if not classifier.score.weight.any():  # a new head is 0
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)
         torch.nn.init.normal_(classifier.score.weight, std=(classifier.score.weight.shape[1] + 1) ** -0.5)
     classifier = common.with_adapters(classifier, backend.lora_rank)
     model = common.train_engine(common.ScalarOutputs(classifier), backend, args.max_grad_norm)

@@ -209,6 +209,19 @@ def test_return_of_the_last_token_is_the_reward_exactly():
     assert torch.equal(last, rewards - baselines)
 
 
+@pytest.mark.parametrize("script", [remax, reinforce, ppo])
+def test_whole_numbers_as_rewards_are_those_numbers(script):
+    _, _, logprobs, ref_logprobs, mask = batch()
+    others = dict(logprobs_BT=logprobs, ref_logprobs_BT=ref_logprobs, mask_BT=mask, kl_coef=0.3, gamma=0.9)
+    if script is ppo:
+        others |= dict(values_BT=torch.rand_like(logprobs), gae_lambda=0.9)
+    if script is remax:
+        others |= dict(baseline_rewards_B=torch.rand(len(mask)))
+    whole = torch.arange(len(mask))
+    found, expected = (script.advantages(rewards_B=rewards, **others) for rewards in (whole, whole.float()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_greedy_equal_to_sampled_and_no_kl_gives_no_gradient():
     rewards, _, logprobs, ref_logprobs, mask = batch()
     assert (remax.advantages(rewards, rewards, logprobs, ref_logprobs, mask, 0.0, 1.0) == 0).all()

@@ -114,19 +114,40 @@ def test_a_parquet_file_s_name_is_no_pattern_and_its_time_says_nothing(tmp_path)
         datasets.Dataset.from_list([dict(prompt="new")]).to_parquet(path)
 
 
-@pytest.mark.parametrize(
-    "folder, name, message",
-    [
-        ("a[1]", "train.jsonl", "takes * ? [ in a folder's name for a pattern"),
-        ("a", "train.csv", "would read 007 as 7"),
-    ],
-)
-def test_folders_that_would_be_read_otherwise_are_refused(tmp_path, capsys, folder, name, message):
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / name).write_text("")
+def test_a_folder_s_files_are_read_as_if_they_were_named(tmp_path, capsys):
+    """`datasets` would make a time of the date and 7 of 007, and keep what it has read of a file of the same time."""
+    files = {
+        "train-1.jsonl": '{"prompt": "a", "answer": "2012-03-04"}\n',
+        "train-2.jsonl": '{"prompt": "b", "answer": 1}\n',
+        "test.json": '{"prompt": "c"}\n{"prompt": "d"}\n',  # JSON lines by another name
+        "more.jsonl": "no JSON",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    path = str(tmp_path)
+    expected = [dict(prompt="a", answer="2012-03-04"), dict(prompt="b", answer=1)]
+    assert [row for _, row in common.load_rows(path)] == expected
+    assert "split 'train': train-1.jsonl, train-2.jsonl\n" in capsys.readouterr().out
+    assert [row for _, row in common.load_rows(path, split="test")] == [dict(prompt="c"), dict(prompt="d")]
+    (tmp_path / "train-2.jsonl").write_text('{"prompt": "b"\n')
     with pytest.raises(SystemExit):
-        common.load_rows(str(tmp_path / folder))
-    assert message in capsys.readouterr().err
+        common.load_rows(path)
+    assert "train-2.jsonl:1: no valid JSON" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        common.load_rows(path, split="validation")
+    assert "no split 'validation'; there are: train, test" in capsys.readouterr().err
+
+
+def test_a_folder_of_csv_files_keeps_its_zeros(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\nc,007\n")
+    assert common.load_rows(str(tmp_path)) == [(f"{tmp_path}/a.csv:2", dict(prompt="c", answer="007"))]
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path, capsys):
+    (tmp_path / "a[1]").mkdir()
+    with pytest.raises(SystemExit):
+        common.load_rows(str(tmp_path / "a[1]"))
+    assert "takes * ? [ in a folder's name for a pattern" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -315,6 +336,11 @@ FORMS = {
         dict(prompt="Q: Why?\nA: It", chosen=" isn't", rejected=" is"),
         "(1 texts; the prompt is what chosen and rejected share)",
     ),
+    "HH with an answer that begins the other": Form(
+        dict(chosen=DIALOGUE + " It was", rejected=DIALOGUE + " It was good."),
+        dict(prompt=DIALOGUE + " It", chosen=" was", rejected=" was good."),
+        "(1 texts; the prompt is what chosen and rejected share)",
+    ),
     "one more column": Form(PLAIN_TEXT | dict(question=ASK), PLAIN_TEXT, "(1 texts)"),
     "an answer alone as messages": Form(PLAIN_TEXT | dict(chosen=[bot(" It was good.")]), PLAIN_TEXT, "(1 texts)"),
     "UltraFeedback": Form(
@@ -454,6 +480,22 @@ def test_messages_of_a_csv_are_messages(tmp_path):
         csv.writer(file).writerows([["prompt", "label"], [json.dumps(TALK), "3"]])
     (prompt,) = load(path, chat_tokenizer())
     assert prompt.messages == TALK and prompt.columns == dict(label="3")
+
+
+def test_an_empty_answer_in_hh_s_form_is_dropped(tmp_path, capsys, tokenizer):
+    rows = [dict(chosen=DIALOGUE, rejected=DIALOGUE + " I hated it."), dict(chosen="Q: a\nA: b", rejected="Q: a\nA: c")]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
+    layout = common.Layout(answer_columns=("chosen", "rejected"))
+    (prompt,) = common.load_prompts(path, layout, tokenizer, 200)
+    assert (prompt.text, prompt.answers) == ("Q: a\nA:", dict(chosen=" b", rejected=" c"))
+    assert "1 without an answer, dropped" in capsys.readouterr().out
+
+
+def test_a_chat_without_a_word_is_dropped(tmp_path, capsys):
+    rows = [dict(prompt=[dict(role="user", content=" ")]), dict(prompt=TALK)]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
+    assert [prompt.messages for prompt in load(path, chat_tokenizer())] == [TALK]
+    assert "1 with an empty prompt, dropped" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- Demonstrations

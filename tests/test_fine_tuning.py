@@ -49,6 +49,16 @@ def rate_of(step) -> float:
     return RATE * (0.5 + 0.5 * angle.cos().item())
 
 
+def test_held_out_rows_without_demonstrations_are_told(tmp_path, data, capsys):
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "The plot", "answer": " was good."}')
+    assert run_here("spr", *FLAGS, *data, "--output-dir", tmp_path / "r") == 0
+    assert (
+        "these have no demonstration, unlike those that are trained on: there is no eval_loss"
+        in capsys.readouterr().out
+    )
+    assert not any("eval_loss" in row for row in read_metrics(tmp_path / "r"))
+
+
 def test_fine_tuning_is_one_fit_as_in_plain_torch(tmp_path, data, monkeypatch):
     """The same rows in the same order, one AdamW and one schedule from the first step to the last."""
     batches = recorded_batches(monkeypatch)

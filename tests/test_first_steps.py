@@ -47,13 +47,14 @@ def rows_of(**changes) -> list[dict]:
         (dict(kl=400.0), "--learning-rate"),
         (dict(eval_log_ratio=400.0), "--learning-rate"),
         (dict(reward_std=0.0), "samples.jsonl"),
+        (dict(skipped_updates=2), "2 so far: lower --learning-rate"),
     ],
 )
 def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
     assert common.troubles(rows_of()) == {}
     (sentence,) = common.troubles(rows_of(**changes)).values()
     assert flag in sentence
-    if "eval_log_ratio" not in changes:
+    if not {"eval_log_ratio", "skipped_updates"} & changes.keys():
         assert common.troubles([*rows_of(**changes)[:2], *rows_of()[:1]]) == {}  # one bad update is none
 
 
@@ -118,6 +119,15 @@ def test_a_model_of_one_s_own_needs_data_of_one_s_own(monkeypatch, capsys, tmp_p
     with pytest.raises(SystemExit) as error:
         parsed(monkeypatch, "--model", tmp_path)
     assert error.value.code == 2 and "give --dataset, too" in capsys.readouterr().err
+
+
+def test_a_path_that_is_named_is_the_one_here_even_if_the_example_has_its_name(monkeypatch, tmp_path):
+    path = tmp_path / "examples" / "reviews" / "prompts.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"prompt": "A"}')
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, "--dataset", "examples/reviews/prompts.jsonl").dataset == str(path)
+    assert parsed(monkeypatch).dataset == str(EXAMPLE / "prompts.jsonl")
 
 
 def test_the_example_s_model_may_end_with_a_slash(monkeypatch):

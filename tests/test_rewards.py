@@ -146,11 +146,14 @@ def test_a_file_is_read_anew_even_if_its_bytecode_seems_fresh(tmp_path, monkeypa
         assert common.Reward(function=f"{path}:reward")(responses(["x"])).tolist() == [number]
 
 
-def test_neighbours_of_one_name_in_two_folders_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("file", ["the_helper.py", "the_helper/__init__.py"])
+def test_neighbours_of_one_name_in_two_folders_are_refused(tmp_path, capsys, monkeypatch, file):
+    monkeypatch.delitem(sys.modules, "the_helper", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "the_helper.py").write_text(f"NAME = {folder!r}")
-        code = "import the_helper\ndef reward(prompts, responses): return [len(the_helper.NAME)]"
+        (tmp_path / folder / file).parent.mkdir(parents=True)
+        (tmp_path / folder / file).write_text(f"NAME = {folder!r}")
+        code = "import json, the_helper\ndef reward(prompts, responses): return [len(the_helper.NAME)]"
         (tmp_path / folder / f"of_{folder}.py").write_text(code)
     assert common.Reward(function=f"{tmp_path}/a/of_a.py:reward")(responses(["x"])).tolist() == [1]
     with pytest.raises(SystemExit) as end:
@@ -181,7 +184,10 @@ def reward(completions, **columns):
     assert reward_file(tmp_path, code)(responses(["a", "bb"])).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("names", ["responses, prompts", "completions, prompts=None", "completions"])
+ORDERS = ["responses, prompts", "completions, prompts=None", "completions", "response, prompt", "outputs, inputs"]
+
+
+@pytest.mark.parametrize("names", ORDERS)
 def test_arguments_in_another_order_are_refused(tmp_path, capsys, names):
     with pytest.raises(SystemExit):
         reward_file(tmp_path, f"def reward({names}, **columns): return [0]")
@@ -338,6 +344,17 @@ def test_numbers_of_any_library_are_rewards_in_float32(tmp_path, value):
     found = returning(tmp_path, value)(responses(["a", "bb"]))
     assert found.dtype == torch.float32 and not found.requires_grad
     assert found.tolist() == torch.tensor(NUMBERS[value], dtype=torch.float32).tolist()
+
+
+def test_a_function_that_normalises_its_batch_passes_the_trial_of_one_row(tmp_path):
+    code = "[(len(text) - mean) / std for text in responses]"
+    head = "import numpy\ndef reward(prompts, responses):\n    lengths = [len(text) for text in responses]\n"
+    body = "    mean, std = numpy.mean(lengths), numpy.std(lengths)\n"
+    (tmp_path / "its.py").write_text(f"{head}{body}    return {code}\n")
+    reward = common.Reward(function=f"{tmp_path}/its.py:reward", prompt=common.Prompt("a", [1], columns={}))
+    assert reward(responses(["a", "bbb"])).tolist() == [-1, 1]
+    with pytest.raises(SystemExit):
+        returning(tmp_path, "[1, 2]").score([common.Prompt("a", [1], columns={})], ["b"])
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)

@@ -104,6 +104,11 @@ def test_a_resumed_run_reads_what_it_began_with(tmp_path, own_inputs, monkeypatc
     assert "chat_template.jinja has changed since the run began" in only_line(capsys)
     (tmp_path / "policy" / "chat_template.jinja").unlink()
 
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "moved.jsonl")
+    assert run_here("remax", "--resume", tmp_path / "r") == 2
+    assert f"{tmp_path / 'prompts.jsonl'} is gone since the run began" in only_line(capsys)
+    (tmp_path / "moved.jsonl").rename(tmp_path / "prompts.jsonl")
+
     (tmp_path / "policy" / "README.md").write_text("not an input")
     os.utime(tmp_path / "prompts.jsonl", (0, 0))
     args = parsed(monkeypatch, "--resume", tmp_path / "r")
@@ -121,6 +126,23 @@ def test_data_in_a_folder_has_any_ending(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("{}")  # a run that lies in its model's or its data's folder
     assert common.input_digests(dict(dataset=str(tmp_path)), tmp_path / "run") == after
+
+
+def test_what_a_reward_function_imports_from_its_folder_is_an_input(tmp_path):
+    files = {
+        "reward.py": "import json, words.good\nfrom numbers_ import ONE",
+        "words/__init__.py": "from . import good",
+        "words/good.py": "GOOD = 'good'",
+        "numbers_.py": "import sixth",
+        "sixth.py": "import reward",
+        "other.py": "",
+    }
+    (tmp_path / "words").mkdir()
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
+    flags = dict(reward_function=f"{tmp_path}/reward.py:reward")
+    digests = common.input_digests(flags, tmp_path / "run")
+    assert set(digests) == {str(tmp_path / name) for name in files if name != "other.py"}
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_a_full_disk(tmp_path, capsys):
