@@ -31,7 +31,7 @@ class Args:
     learning_rate: float = 3e-4
     """Of all methods: what ReMax has chosen on reviews."""
     restraint: float = 0.0125
-    """KL coefficient, GRPO's β."""
+    """KL coefficient, GRPO's β; the table is of these rows."""
     jobs: int = 1
     """Runs at a time, of one thread each."""
     table: bool = False
@@ -46,17 +46,17 @@ def restraint(row: dict) -> float:
     return flag(row["flags"], "--beta") if coefficient is None else coefficient
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict], coefficient: float) -> str:
     lines = []
-    results = [row for row in results if "failed" not in row]
-    for method, coefficient in dict.fromkeys((row["method"], restraint(row)) for row in results):
-        rows = [row for row in results if (row["method"], restraint(row)) == (method, coefficient)]
+    results = [row for row in results if "failed" not in row and restraint(row) == coefficient]
+    for method in dict.fromkeys(row["method"] for row in results):
+        rows = [row for row in results if row["method"] == method]
         bests = [max(row["points"], key=lambda point: point["gold"]) for row in rows]
-        cells = [f"{TITLES[method]} ({len(rows)} seeds)", f"{coefficient:g}"]
+        cells = [f"{TITLES[method]} ({len(rows)} seeds)"]
         for ends in (bests, rows):
             cells += [with_spread([end[name] for end in ends], digits) for name, digits in DIGITS.items()]
         lines.append(cells)
-    titles = ["method", "KL coefficient or β", "best gold", "its reward", "its KL", "gold at the end", "reward", "KL"]
+    titles = ["method", "best gold", "its reward", "its KL", "gold at the end", "reward", "KL"]
     return markdown_table(titles, lines)
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         pairs = itertools.product(args.seeds, args.methods)
         runs = [run_of(TASK, method, setting, seed, tuning=False) for seed, method in pairs]
         run_missing(runs, tuned.measure, args.results, args.jobs, tuned.shown)
-    print(table(read_rows(args.results)))
+    print(table(read_rows(args.results), args.restraint))
 
 
 if __name__ == "__main__":

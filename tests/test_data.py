@@ -614,6 +614,15 @@ def test_an_answer_that_the_template_would_rewrite_is_read_as_it_is(tmp_path, ca
     assert (said in capsys.readouterr().out) == (template != CHATML)
 
 
+def test_an_eos_that_a_template_writes_before_an_answer_does_not_end_it(tmp_path, capsys):
+    template = "{% for m in messages %}<{{ m.role }}><|endoftext|>{{ m.content }}<|endoftext|>{% endfor %}"
+    tokenizer = chat_tokenizer(template)
+    row = dict(prompt=[user("Hi")], completion="Yes.")
+    (prompt,) = demonstrations(tmp_path / "p.jsonl", row, tokenizer=tokenizer)
+    assert tokenizer.decode(prompt.demonstration) == "Yes.<|endoftext|>"
+    assert "1 of 'completion' are read as they are" in capsys.readouterr().out
+
+
 def test_the_ids_that_end_a_response_are_the_policy_s(tmp_path):
     model = common.transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "policy")
     tokenizer = example_tokenizer()

@@ -142,8 +142,9 @@ def test_the_readme_s_figures_are_those_of_the_rows():
         f"{nats('ppo, 1 epoch')}; rule {gold('remax, N = 3', 'rule')}, {gold('ppo, 1 epoch', 'rule')}; real text "
         f"{gold('remax, N = 3', 'imdb')}, {gold('ppo, 1 epoch', 'imdb')}, but one of three seeds runs off; "
         f"with one sample {gold('remax')}, "
-        f"{gold('remax', 'rule')} and {gold('remax', 'imdb')}",        f"reviews {gold('spr')}, {gold('dpo')}; rule {gold('spr', 'rule')}, {gold('dpo', 'rule')}; on real text they are "
-        f"level, {gold('spr', 'imdb')} and {gold('dpo', 'imdb')}; Best-of-N is level with SPR everywhere, "
+        f"{gold('remax', 'rule')} and {gold('remax', 'imdb')}",
+        f"reviews {gold('spr')}, {gold('dpo')}; rule {gold('spr', 'rule')}, {gold('dpo', 'rule')}; on real text they "
+        f"are level, {gold('spr', 'imdb')} and {gold('dpo', 'imdb')}; Best-of-N is level with SPR everywhere, "
         f"{gold('best-of-n')}, {gold('best-of-n', 'rule')} and {gold('best-of-n', 'imdb')}",
         f"{gold_before('spr, N = 4')}, {gold_before('spr')}, {gold_before('spr, N = 16')} with N = 4, 8, 16",
     ):
