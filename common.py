@@ -498,7 +498,8 @@ class Reward:
             scorer, self.tokenizer = self.load_scorer()  # a model that cannot be used shows now, not after a rollout
             self.scorer = scorer if stays_loaded else None
         elif prompt:
-            # An error in the function shows now, too. NaN may come of the single row: some functions normalise a batch.
+            # An error in the function shows now, too. Its number is not checked: one that normalises its batch may give
+            # NaN for a single row.
             call_function(self.function, self.name, [prompt], [""])
 
     def load_scorer(self):
@@ -1152,7 +1153,8 @@ def with_adapters(model, rank):
 
     width = model.get_input_embeddings().embedding_dim
     if rank > width:
-        fail(f"--lora-rank {rank} is more than the width of {model.name_or_path}, {width}: then all weights cost less")
+        cheaper = "training all weights costs less"
+        fail(f"--lora-rank {rank} is more than the width of {model.name_or_path}, {width}: {cheaper}")
     adapted = same_weights(model).train()
     adapted.requires_grad_(False)
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -1326,21 +1328,25 @@ def load_module(path: Path):
 def refuse_another_neighbour(path: Path):
     """Ends the run if the file imports one beside it, but would get a file of that name from another folder."""
     installed = [sysconfig.get_path("stdlib"), site.getusersitepackages(), *site.getsitepackages()]
-    for name, neighbour in imported_neighbours(path).items():
+    for name, files in imported_neighbours(path).items():
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.has_location or any(Path(spec.origin).is_relative_to(each) for each in installed):
             continue
-        if Path(spec.origin).resolve() not in (neighbour, neighbour / "__init__.py"):
+        if Path(spec.origin).resolve() != files[0].resolve():
             fail(f"{path}: imports {name}, but would get {spec.origin}: rename one of the two")
 
 
-def imported_neighbours(path: Path) -> dict[str, Path]:
-    """-> {name: file, or a package's folder} of what a Python file imports from its own folder, also indirectly."""
+def imported_neighbours(path: Path) -> dict[str, list[Path]]:
+    """-> {name: files} of what a Python file imports from its own folder, also through another of these.
+
+    A module has one file; a package with an `__init__.py` begins with that.
+    """
+    path = path.resolve()
     found = {}
     files = [path]
     for file in files:
         names = []
-        with contextlib.suppress(SyntaxError, ValueError):  # which the import will tell
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # which the import will tell
             for node in ast.walk(ast.parse(file.read_bytes())):
                 if isinstance(node, ast.Import):
                     names += [alias.name for alias in node.names]
@@ -1348,13 +1354,15 @@ def imported_neighbours(path: Path) -> dict[str, Path]:
                     names.append(node.module)
         for name in names:
             name = name.partition(".")[0]
-            package = path.with_name(name)
+            package = path.with_name(name) / "__init__.py"
             module = path.with_name(f"{name}.py")
-            if name not in found and (package / "__init__.py").is_file():
-                found[name] = package
-                files += sorted(package.rglob("*.py"))
-            elif name not in found and module.is_file():
-                found[name] = module
+            if name in found:
+                continue
+            if package.is_file():
+                found[name] = [package, *sorted(package.parent.rglob("*.py"))]
+                files.append(package)
+            elif module.is_file():
+                found[name] = [module]
                 files.append(module)
     return found
 
@@ -1464,6 +1472,7 @@ def as_floats(found) -> list[float]:
 #   the same column                       the last message is the answer, the earlier ones are the prompt
 #   no column  two conversations          the earlier messages, which must be the same, are the prompt
 #   no column  two texts                  their common beginning, up to its last white space, is the prompt
+#                                         (up to "Assistant:", where one is empty)
 
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -1476,8 +1485,8 @@ LIKE_MESSAGES = re.compile(r"\s*\[\s*\{(?=.*['\"]role['\"]\s*:)(?=.*['\"]content
 class Layout:
     """What `load_prompts` reads of a data set."""
 
-    config: str | None = None  # of a hub data set
-    split: str = "train"  # of a hub data set
+    config: str | None = None  # of a folder or hub data set
+    split: str = "train"  # of a folder or hub data set
     prompt_column: str = "prompt"
     answer_columns: typing.Sequence[str] = ()  # a row may lack a single answer, but not one of two
 
@@ -1505,20 +1514,53 @@ def data_suffix(path) -> str:
 
 
 def read_folder(path, config, split) -> list[tuple[str, dict]]:
-    """`datasets` finds the split's files. Ours are read as if they were named: it takes dates for times, 007 for 7."""
+    """`datasets` finds the files of the splits. They are read as if each were named, since `datasets` would turn dates
+    into times and 007 into 7.
+    """
+    datasets = datasets_library()
     if re.search(r"[*?[]", path):
         fail(f"{path}: `datasets` takes * ? [ in a folder's name for a pattern: rename the folder")
     with fails_with(path):
-        splits = datasets_library().load_dataset_builder(path, config).config.data_files or {}
-    files = splits.get(split, [])
-    if splits and not files:
-        fail(f"{path}: no split {split!r}; there are: {', '.join(map(str, splits))}")
-    if not files or any(data_suffix(file) not in (*FILES, ".parquet") for file in files):
+        settings = datasets.load_dataset_builder(path, config).config
+    splits = {str(name): files for name, files in (settings.data_files or {}).items()}
+    all_files = [file for files in splits.values() for file in files]
+    suffixes = {data_suffix(file) for file in all_files}
+    if not suffixes or not suffixes <= {*FILES, ".parquet"}:
         return read_hub(path, config, split)
-    names = [os.path.relpath(file, path) for file in files]
+    refuse_settings(path, settings, suffixes)
+    rows = {}
+    for name, files in splits.items():
+        rows[name] = []
+        if name not in split:  # such as train[:1000], or train+test
+            continue
+        print(f"{os.path.relpath(path)}, split {name!r}: {names_in(path, files)}")
+        for file in files:
+            suffix = data_suffix(file)
+            rows[name] += read_parquet(file) if suffix == ".parquet" else read_file(file, suffix)
+    with fails_with(path):
+        sizes = {name: len(of_split) for name, of_split in rows.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+
+
+def refuse_settings(path, settings, suffixes: set[str]):
+    """A folder's README.md may say how its files are read: without a header, say. We do not read it."""
+    known = ["name", "version", "data_dir", "data_files", "description", "features"]
+    if suffixes == {".tsv"}:
+        known.append("sep")  # which `datasets` sets itself
+    told = []
+    for field in dataclasses.fields(settings):
+        if field.name not in known and getattr(settings, field.name) != field.default:
+            told.append(field.name)
+    if told:
+        fail(f"{path}: its README.md sets {', '.join(told)}, which is not read: name a file, not the folder")
+
+
+def names_in(folder, files) -> str:
+    """The names of a folder's files, three at most."""
+    names = [os.path.relpath(file, folder) for file in files]
     others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    print(f"{os.path.relpath(path)}, split {split!r}: {', '.join(names[:3])}{others}")
-    return [row for file in files for row in load_rows(file)]
+    return ", ".join(names[:3]) + others
 
 
 def read_parquet(path) -> list[tuple[str, dict]]:
@@ -1646,10 +1688,10 @@ def read_value(row, column, where) -> str | list[dict]:
         if is_another_chat(value):
             fail(f"{where}: {column!r} holds a chat as JSON: write it as a list of {{role, content}} messages")
         return value
-    messages = value if isinstance(value, list) and value else [value]
+    messages = value if isinstance(value, list) and value else [None]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            found = f"is {str(value)[:40]}" if message is value else f"holds {str(message)[:60]}"
+            found = f"is {str(value)[:40]}" if message is None else f"holds {str(message)[:60]}"
             fail(f"{where}: {column!r} {found}; expected a text or a list of {{role, content}} messages")
         if message["role"] not in ROLES:
             fail(f"{where}: {column!r} has the role {message['role']!r}; expected one of {', '.join(ROLES)}")
@@ -1692,8 +1734,9 @@ def read_row(row, where, layout: Layout, has_prompt) -> tuple[str | list[dict], 
         if not earlier:
             shared = os.path.commonprefix(list(answers.values()))
             following = [text[len(shared) :] for text in answers.values()]
-            is_turn = shared.endswith(":") and not any(text and not text[0].isspace() for text in following)
-            if not is_turn:  # such as "Assistant:", where an answer is empty
+            is_whole = not any(text and not text[0].isspace() for text in following)
+            # An empty answer ends with its speaker, such as a line "Assistant:".
+            if not (is_whole and re.search(r"(\A|\n)\W*\w+:\Z", shared)):
                 shared = re.sub(r"\S*\Z", "", shared)  # its last word may be the beginning of two others
             prompt = shared.rstrip()
             answers = {name: text.removeprefix(prompt) for name, text in answers.items()}
@@ -2233,8 +2276,8 @@ def troubles(rows: list[dict]) -> dict[str, str]:
     if last_are("kl", 100, math.inf) or (last.get("eval_log_ratio", 0) > 100 and not is_fine_tuning):
         found["drift"] = "the policy is over 100 nats from the initial one: lower --learning-rate"
     if last.get("skipped_updates", 0) > 0:
-        count = f"{last['skipped_updates']:g} so far"
-        found["skipped"] = f"steps whose loss or gradient is not finite are skipped, {count}: lower --learning-rate"
+        count = f"{last['skipped_updates']:g}"
+        found["skipped"] = f"steps without a finite loss and gradient were skipped ({count}): lower --learning-rate"
     if last_are("reward_std", -1, 1e-6):
         found["reward"] = "all sampled responses have one reward, so nothing can be learned: look at samples.jsonl"
     if "eval_gold_reward" in last and "eval_reward" in last:
@@ -2343,11 +2386,10 @@ def input_digests(flags: dict, run_folder) -> dict[str, str]:
     paths = [file_of(flags[name]) for name in INPUTS if flags.get(name)]
     for path in list(paths):
         if path.suffix == ".py" and path.is_file():
-            paths += imported_neighbours(path).values()
+            paths += itertools.chain(*imported_neighbours(path).values())
     for path in paths:
         for file in [path, *sorted(path.rglob("*"))]:
-            is_input = file.suffix not in (".md", ".pyc") and ".git" not in file.parts
-            is_input = is_input and not file.is_relative_to(run_folder)
+            is_input = file.suffix != ".md" and ".git" not in file.parts and not file.is_relative_to(run_folder)
             if file.is_file() and is_input:
                 digest = hashlib.sha256()
                 with fails_with(file), open(file, "rb") as content:
@@ -2452,7 +2494,7 @@ def make_paths_absolute(args):
         value = getattr(args, field.name)
         if value is None or field.type not in (PathOrName, PathOrName | None):
             continue
-        is_ours = value == field.default and f"__{field.name}" not in given_flags()
+        is_ours = is_of_the_example(field, value)
         folder = HERE if is_ours else Path.cwd()  # the example lies beside this file
         if file_of(folder / value).exists():
             setattr(args, field.name, os.path.abspath(folder / value))
@@ -2472,6 +2514,12 @@ def given_flags() -> list[str]:
     return [word.partition("=")[0].replace("-", "_") for word in sys.argv]
 
 
+def is_of_the_example(field: dataclasses.Field, value) -> bool:
+    """Whether a flag has its default; a path that is named means the one in the current folder."""
+    is_named = field.type in (PathOrName, PathOrName | None) and f"__{field.name}" in given_flags()
+    return value == field.default and not (is_named and Path.cwd() != HERE)
+
+
 def forget_example(args):
     """Takes back the example's paths where they do not fit: beside the user's own model, data or reward."""
     given = given_flags()
@@ -2480,7 +2528,7 @@ def forget_example(args):
         value = getattr(args, field.name)
         if isinstance(value, str):
             value = value.rstrip("/")  # which completion by the shell adds
-        if value not in (None, field.default):
+        if value is not None and not is_of_the_example(field, value):
             own.add(field.name)
     forgotten = []
     if "model" in own or "dataset" in own:
@@ -2530,8 +2578,10 @@ def parse_args(Args):
     digests = input_digests(vars(args), folder)
     for file in sorted(inputs | digests):
         if inputs.get(file) != digests.get(file):
-            change = "has changed" if Path(file).exists() else "is gone"
-            fail(f"--resume {folder}: {file} {change} since the run began")
+            if not Path(file).exists():
+                fail(f"--resume {folder}: {file} is gone since the run began")
+            change = "has changed since" if file in inputs else "was not an input when"
+            fail(f"--resume {folder}: {file} {change} the run began")
     return args
 
 

@@ -56,9 +56,9 @@ class Args:
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
     """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
-    """Configuration of a hub data set, such as gsm8k's main; files have none."""
+    """Configuration of a folder or hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
-    """Split of the hub data sets; files have none."""
+    """Split of a folder or hub data set; files have none."""
     prompt_column: str = "prompt"
     """Column that holds the prompts, as texts or as chat messages."""
     eval_dataset: PathOrName | None = "examples/reviews/prompts_test.jsonl"
@@ -134,7 +134,7 @@ class Args:
 
 def advantages(rewards_B, num_samples, variant):
     """Each reward less the mean of its prompt's -> advantages_B, detached. A prompt's rows are adjacent."""
-    rewards_XN = rewards_B.detach().view(-1, num_samples)  # X prompts
+    rewards_XN = 1.0 * rewards_B.detach().view(-1, num_samples)  # X prompts; whole numbers become floats
     advantages_XN = rewards_XN - rewards_XN.mean(1, keepdim=True)
     if variant == "grpo":
         advantages_XN = advantages_XN / (rewards_XN.std(1, keepdim=True, correction=0) + 1e-4)

@@ -51,9 +51,9 @@ class Args:
     dataset: PathOrName = "examples/reviews/preferences.jsonl"
     """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
     dataset_config: str | None = None
-    """Configuration of a hub data set, such as gsm8k's main; files have none."""
+    """Configuration of a folder or hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"
-    """Split of the hub data sets; files have none."""
+    """Split of a folder or hub data set; files have none."""
     prompt_column: str = "prompt"
     """Column that holds the prompts, as texts or as chat messages."""
     eval_dataset: PathOrName | None = None

@@ -222,6 +222,12 @@ def test_whole_numbers_as_rewards_are_those_numbers(script):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_whole_numbers_as_rewards_are_those_numbers_in_groups():
+    whole = torch.tensor([1, 2, 4, 4])
+    found, expected = (grpo.advantages(rewards, 2, "grpo") for rewards in (whole, whole.float()))
+    assert torch.equal(found, expected)
+
+
 def test_greedy_equal_to_sampled_and_no_kl_gives_no_gradient():
     rewards, _, logprobs, ref_logprobs, mask = batch()
     assert (remax.advantages(rewards, rewards, logprobs, ref_logprobs, mask, 0.0, 1.0) == 0).all()

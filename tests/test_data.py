@@ -135,12 +135,30 @@ def test_a_folder_s_files_are_read_as_if_they_were_named(tmp_path, capsys):
     assert "train-2.jsonl:1: no valid JSON" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         common.load_rows(path, split="validation")
-    assert "no split 'validation'; there are: train, test" in capsys.readouterr().err
+    assert "validation" in capsys.readouterr().err
 
 
-def test_a_folder_of_csv_files_keeps_its_zeros(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,answer\nc,007\n")
-    assert common.load_rows(str(tmp_path)) == [(f"{tmp_path}/a.csv:2", dict(prompt="c", answer="007"))]
+def test_splits_of_a_folder_may_be_cut_and_joined_and_files_may_be_empty(tmp_path):
+    texts = {"train-0": ["a", "b"], "train-1": [], "test": ["c"]}
+    for name, prompts in texts.items():
+        write(tmp_path / f"{name}.jsonl", *(json.dumps(dict(prompt=text)) for text in prompts))
+    for split, expected in {"train": "ab", "train[:1]": "a", "train[50%:]+test": "bc", "test": "c"}.items():
+        assert "".join(row["prompt"] for _, row in common.load_rows(str(tmp_path), split=split)) == expected
+
+
+def test_a_folder_that_says_how_it_is_read_is_refused(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("a,3\nb,4")
+    settings = "---\nconfigs:\n- config_name: default\n  data_files: x.csv\n  column_names: [prompt, answer]\n---\n"
+    (tmp_path / "README.md").write_text(settings)
+    with pytest.raises(SystemExit):
+        common.load_rows(str(tmp_path))
+    assert "its README.md sets names, column_names, which is not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, comma", [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_folder_of_csv_files_keeps_its_zeros(tmp_path, name, comma):
+    (tmp_path / name).write_text(f"prompt{comma}answer\nc{comma}007\n")
+    assert common.load_rows(str(tmp_path)) == [(f"{tmp_path}/{name}:2", dict(prompt="c", answer="007"))]
 
 
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path, capsys):
@@ -484,10 +502,12 @@ def test_messages_of_a_csv_are_messages(tmp_path):
 
 def test_an_empty_answer_in_hh_s_form_is_dropped(tmp_path, capsys, tokenizer):
     rows = [dict(chosen=DIALOGUE, rejected=DIALOGUE + " I hated it."), dict(chosen="Q: a\nA: b", rejected="Q: a\nA: c")]
+    rows.append(dict(chosen="Q: a\nA: Two ideas:", rejected="Q: a\nA: Two ideas:\n1. b"))  # no speaker
     path = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
     layout = common.Layout(answer_columns=("chosen", "rejected"))
-    (prompt,) = common.load_prompts(path, layout, tokenizer, 200)
+    prompt, another = common.load_prompts(path, layout, tokenizer, 200)
     assert (prompt.text, prompt.answers) == ("Q: a\nA:", dict(chosen=" b", rejected=" c"))
+    assert another.answers == dict(chosen=" ideas:", rejected=" ideas:\n1. b")
     assert "1 without an answer, dropped" in capsys.readouterr().out
 
 

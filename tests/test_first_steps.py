@@ -47,7 +47,7 @@ def rows_of(**changes) -> list[dict]:
         (dict(kl=400.0), "--learning-rate"),
         (dict(eval_log_ratio=400.0), "--learning-rate"),
         (dict(reward_std=0.0), "samples.jsonl"),
-        (dict(skipped_updates=2), "2 so far: lower --learning-rate"),
+        (dict(skipped_updates=2), "(2): lower --learning-rate"),
     ],
 )
 def test_each_trouble_is_one_sentence_with_the_flag_to_turn(changes, flag):
@@ -126,7 +126,8 @@ def test_a_path_that_is_named_is_the_one_here_even_if_the_example_has_its_name(m
     path.parent.mkdir(parents=True)
     path.write_text('{"prompt": "A"}')
     monkeypatch.chdir(tmp_path)
-    assert parsed(monkeypatch, "--dataset", "examples/reviews/prompts.jsonl").dataset == str(path)
+    args = parsed(monkeypatch, "--dataset", "examples/reviews/prompts.jsonl")
+    assert (args.dataset, args.eval_dataset, args.reward_model) == (str(path), None, None)
     assert parsed(monkeypatch).dataset == str(EXAMPLE / "prompts.jsonl")
 
 
