@@ -153,6 +153,11 @@ def test_stages_that_shard_or_move_weights_are_refused(flags, tmp_path, capsys):
     assert "--lora-rank shares weights" in capsys.readouterr().err
 
 
+def test_a_rank_above_the_width_is_refused(tmp_path, capsys):
+    assert run_here("remax", "--lora-rank", 97, "--output-dir", tmp_path / "r") == 2
+    assert "--lora-rank 97 is more than the width of" in capsys.readouterr().err
+
+
 def test_a_reward_model_trains_adapters_and_its_whole_head(tmp_path, capsys):
     flags = ["--dataset", EXAMPLE / "preferences.jsonl", "--total-episodes", 64, "--eval-size", 20, "--lora-rank", 2]
     assert run_here("reward_model", *flags, "--output-dir", tmp_path / "r") == 0
