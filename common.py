@@ -1531,7 +1531,7 @@ def read_folder(path, config, split) -> list[tuple[str, dict]]:
     rows = {}
     for name, files in splits.items():
         rows[name] = []
-        if name not in split:  # such as train[:1000], or train+test
+        if not re.search(rf"\b{re.escape(name)}\b", split):  # it may be train[:1000], or train+test
             continue
         print(f"{os.path.relpath(path)}, split {name!r}: {names_in(path, files)}")
         for file in files:
@@ -1544,7 +1544,7 @@ def read_folder(path, config, split) -> list[tuple[str, dict]]:
 
 
 def refuse_settings(path, settings, suffixes: set[str]):
-    """A folder's README.md may say how its files are read: without a header, say. We do not read it."""
+    """A folder's README.md may say how its files are read, such as without a header. We do not read it."""
     known = ["name", "version", "data_dir", "data_files", "description", "features"]
     if suffixes == {".tsv"}:
         known.append("sep")  # which `datasets` sets itself
