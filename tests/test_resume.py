@@ -164,6 +164,7 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, scri
 
 def take_terminal():
     """In a new process whose standard input is a terminal: closing that one then sends it SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
