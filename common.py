@@ -1494,12 +1494,10 @@ class Layout:
 def load_rows(path, config=None, split="train") -> list[tuple[str, dict]]:
     """Rows of a file (FILES, also with .gz, or .parquet), a folder or a hub data set -> [(where it stands, row)]."""
     suffix = data_suffix(path)
-    if suffix in FILES:  # `datasets` does not know the line of an error, and parses dates
-        rows = read_file(path, suffix)
-    elif Path(path).is_dir():
+    if Path(path).is_dir() and suffix not in FILES:
         rows = read_folder(path, config, split)
-    elif suffix == ".parquet":
-        rows = read_parquet(path)
+    elif suffix in (*FILES, ".parquet"):
+        rows = read_file(path)
     elif Path(path).is_file():
         fail(f"{path}: not a {', '.join(FILES)} file (each may be packed as .gz), nor a .parquet file")
     else:
@@ -1523,8 +1521,7 @@ def read_folder(path, config, split) -> list[tuple[str, dict]]:
     with fails_with(path):
         settings = datasets.load_dataset_builder(path, config).config
     splits = {str(name): files for name, files in (settings.data_files or {}).items()}
-    all_files = [file for files in splits.values() for file in files]
-    suffixes = {data_suffix(file) for file in all_files}
+    suffixes = {data_suffix(file) for files in splits.values() for file in files}
     if not suffixes or not suffixes <= {*FILES, ".parquet"}:
         return read_hub(path, config, split)
     refuse_settings(path, settings, suffixes)
@@ -1535,8 +1532,7 @@ def read_folder(path, config, split) -> list[tuple[str, dict]]:
             continue
         print(f"{os.path.relpath(path)}, split {name!r}: {names_in(path, files)}")
         for file in files:
-            suffix = data_suffix(file)
-            rows[name] += read_parquet(file) if suffix == ".parquet" else read_file(file, suffix)
+            rows[name] += read_file(file)
     with fails_with(path):
         sizes = {name: len(of_split) for name, of_split in rows.items()}
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
@@ -1606,7 +1602,11 @@ def undecoded(feature):
     return feature
 
 
-def read_file(path, suffix) -> list[tuple[str, dict]]:
+def read_file(path) -> list[tuple[str, dict]]:
+    suffix = data_suffix(path)
+    if suffix == ".parquet":
+        return read_parquet(path)
+    # Our own reading, since `datasets` does not know the line of an error, and parses dates.
     with fails_with(path):
         data = Path(path).read_bytes()
         if path.lower().endswith(".gz"):

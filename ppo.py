@@ -53,7 +53,7 @@ class Args:
     model: PathOrName = "examples/reviews/policy"
     """Causal language model to start from: a local folder or a hub name."""
     dataset: PathOrName = "examples/reviews/prompts.jsonl"
-    """Training data: a .jsonl, .ndjson, .json, .csv or .tsv file (also .gz), a .parquet file, or a hub name."""
+    """Training data: a .jsonl, .ndjson, .json, .csv, .tsv (also .gz) or .parquet file, a folder, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a folder or hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"

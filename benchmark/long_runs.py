@@ -15,7 +15,7 @@ from pathlib import Path
 import tuned
 import tyro
 from choice import Setting
-from rows import RESULTS, flag, markdown_table, read_rows, run_missing, with_spread
+from rows import RESULTS, markdown_table, read_rows, run_missing, with_spread
 from tasks import TITLES, run_of
 
 TASK = "reviews for long, all pairs"
@@ -40,15 +40,9 @@ class Args:
     """File that the results are appended to."""
 
 
-def restraint(row: dict) -> float:
-    """The KL coefficient or β of a row's run."""
-    coefficient = flag(row["flags"], "--kl-coef")
-    return flag(row["flags"], "--beta") if coefficient is None else coefficient
-
-
-def table(results: list[dict], coefficient: float) -> str:
+def table(results: list[dict], restraint: float) -> str:
     lines = []
-    results = [row for row in results if "failed" not in row and restraint(row) == coefficient]
+    results = [row for row in results if "failed" not in row and tuned.setting_of(row).restraint == restraint]
     for method in dict.fromkeys(row["method"] for row in results):
         rows = [row for row in results if row["method"] == method]
         bests = [max(row["points"], key=lambda point: point["gold"]) for row in rows]

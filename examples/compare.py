@@ -39,7 +39,7 @@ class Args:
     seed: int = 1
     """Seed of the sampled responses; each policy starts from it at each prompt."""
     dataset: PathOrName = "examples/reviews/prompts_test.jsonl"
-    """Prompts: a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    """Prompts: a .jsonl, .json, .csv or .parquet file, a folder of these, or a hub name."""
     dataset_config: str | None = None
     """Configuration of a folder or hub data set, such as gsm8k's main; files have none."""
     dataset_split: str = "train"

@@ -621,11 +621,12 @@ def test_the_table_of_the_first_run_is_that_of_its_rows():
 
 def test_the_table_of_long_runs_is_that_of_its_rows():
     import long_runs
+    import tuned
 
     results = rows.read_rows(rows.RESULTS / "long_runs.jsonl")
     page = " ".join((ROOT / "benchmark" / "README.md").read_text(encoding="utf-8").split())
     assert " ".join(long_runs.table(results, 0.0125).split()) in page
-    free = [row for row in results if long_runs.restraint(row) == 0]
+    free = [row for row in results if tuned.setting_of(row).restraint == 0]
     assert sorted(collections.Counter(row["method"] for row in free).values()) == [3, 3, 3, 3]
     golds = sorted(row["gold"] for row in free)
     kls = sorted(row["kl"] for row in free)
